@@ -1,0 +1,166 @@
+"""NumPy: one BLAS product per stage in a preallocated buffer, Python floats for times and step sizes."""
+
+import math
+from importlib.util import find_spec
+
+import numpy as np
+from array_api_compat import numpy as xp
+from sensitivity.backend import Backend
+
+
+class NumpyBackend(Backend):
+    name = "numpy"
+    opaque = True
+    how_to_get_ad = " (pip install autograd, and write f with autograd.numpy)"
+    xp = xp
+
+    def __init__(self):
+        self.modes = frozenset({"reverse", "forward"}) if find_spec("autograd") else frozenset()
+        self._matrices = {}
+
+    def is_array(self, x):
+        return isinstance(x, np.ndarray | np.generic)
+
+    def is_float(self, x):
+        return x.dtype.kind in "fc"
+
+    def is_complex(self, x):
+        return x.dtype.kind == "c"
+
+    def asarray(self, x, dtype=None, device=None):
+        return np.asarray(x, dtype=dtype)
+
+    def device(self, x):
+        return None
+
+    def time(self, t):
+        return t
+
+    def times(self, t, h, c):
+        return [t + c_i * h for c_i in c]
+
+    def vector(self, xs, like):
+        return np.asarray(xs, dtype=like.dtype)
+
+    def unit_rows(self, m, n, start, like):
+        return np.eye(m, n, k=-start, dtype=like.dtype)
+
+    def dot(self, a, b):
+        return float(np.dot(a, b))
+
+    def rms(self, x):
+        n = x.shape[0]
+        if not n:
+            return 0.0
+        return math.sqrt(float(np.vdot(x, x).real) / n)
+
+    def scaled(self, e, u0, u1, rtol, atol):
+        scale = np.maximum(np.abs(u0), np.abs(u1))
+        scale *= rtol
+        scale += atol
+        return e / scale
+
+    def zeros(self, arrays):
+        return tuple(np.zeros_like(x) for x in arrays)
+
+    def add(self, a, b):
+        out = []
+        for x, y in zip(a, b, strict=True):
+            if x.ndim:
+                x += y
+            else:
+                x = x + y
+            out.append(x)
+        return tuple(out)
+
+    def copy(self, x):
+        return np.array(x)
+
+    # -- matrix recursions --------------------------------------------------------------------------------------
+
+    def _rows(self, a):
+        """Dense rows of a tableau, made once; None marks a row of zeros."""
+        found = self._matrices.get(id(a))
+        if found is None:
+            rows = [np.array(r) if any(r) else None for r in a]
+            found = self._matrices[id(a)] = (a, rows)
+        return found[1]
+
+    def _weights(self, w):
+        found = self._matrices.get(id(w))
+        if found is None:
+            found = self._matrices[id(w)] = (w, np.array(w))
+        return found[1]
+
+    def recursion(self, a, base, scale, xs, row, carry, first=None):
+        one = base.ndim == 1
+        out = np.empty((len(a), base.shape[-1]), dtype=base.dtype)
+        start = 0
+        if first is not None:
+            out[0] = first
+            start = 1
+        rows = self._rows(a)
+        items = zip(*xs, strict=True)
+        for _ in range(start):
+            next(items)
+        for i in range(start, len(a)):
+            v = base if one else base[i]
+            if rows[i] is not None:
+                dv = rows[i].dot(out[:i])
+                dv *= scale
+                dv += v
+                v = dv
+            carry, out[i] = row(carry, next(items), v)
+        return carry, out
+
+    def combine(self, base, scale, weights, rows):
+        out = self._weights(weights).dot(rows)
+        out *= scale
+        if base is not None:
+            out += base
+        return out
+
+    def inputs(self, a, base, scale, rows):
+        key = (id(a), "square")
+        found = self._matrices.get(key)
+        if found is None:
+            square = np.zeros((len(a), len(a)))
+            for i, r in enumerate(a):
+                square[i, : len(r)] = r
+            found = self._matrices[key] = (a, square)
+        out = found[1].dot(rows)
+        out *= scale
+        out += base
+        return out
+
+    def seeds(self, b, h, lam, rows, last):
+        out = np.multiply.outer(self._weights(b) * h, lam)
+        if rows is not None:
+            out += rows
+        if last is not None:
+            out[-1] += last
+        return out
+
+    def permuted_rows(self, rows, order):
+        return rows[list(order)]
+
+    # -- derivatives --------------------------------------------------------------------------------------------
+
+    def vjp(self, f, theta, time, params):
+        from . import _autograd
+
+        return _autograd.vjp(f, theta, time, params)
+
+    def jvp(self, f, theta, d_theta):
+        from . import _autograd
+
+        return _autograd.jvp(f, theta, d_theta)
+
+    def loss_vjp(self, loss, args):
+        if "reverse" not in self.modes:
+            return None
+        from . import _autograd
+
+        return _autograd.loss_vjp(loss, args)
+
+

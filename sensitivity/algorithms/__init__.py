@@ -1,0 +1,1 @@
+"""Sensitivity algorithms, one module each."""

@@ -1,0 +1,190 @@
+"""What a sensitivity algorithm is, and what all of them share.
+
+An algorithm is a pair `forward` / `reverse` (and `tangent`), functions of flat arrays. The backend makes the pair
+the derivative of the solve in its framework. Laws, which the tests check: `forward` returns the outputs of
+`outputs`; `<reverse(ct), d> == <ct, tangent(d)>` for algorithms that are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+from ..backend import Array, Scalar
+from ..errors import UnsupportedCombination
+from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..interpolate import interpolant
+from ..system import Inputs
+
+
+class Outputs(NamedTuple):
+    """Differentiable results: states at the save times `(k, n)`; with dense output also start states and stages."""
+
+    u: Array
+    nodes: Array | None
+    stages: Array | None
+
+
+class Aux(NamedTuple):
+    """Results without derivatives: times, counts, how and where the solve ended, dense mesh."""
+
+    ts: Any
+    t: Scalar
+    accepted: Any
+    rejected: Any
+    nfe: Any
+    status: Any
+    ratio: Scalar
+    h: Scalar
+    mesh: Any
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of `Inputs`, and what the reverse pass cost."""
+
+    u0: Array
+    theta: tuple[Array, ...]
+    t0: Scalar
+    t1: Scalar
+    saveat: Any
+    nvjp: Any
+    nfe: Any
+    status: Any
+
+
+class Tangents(NamedTuple):
+    """Directions in `Inputs`, one per row: `u0` `(m, n)`, `theta` leaves `(m, *shape)`, times `(m,)` or None."""
+
+    u0: Array
+    theta: tuple[Array, ...]
+    t0: Array | None
+    t1: Array | None
+    saveat: Array | None
+
+
+@dataclass(frozen=True)
+class SensitivityAlgorithm:
+    """Base of all sensitivity algorithms; subclasses are frozen dataclasses.
+
+    Attributes
+    ----------
+    vjp : VJP
+        How products with derivatives of `f` are made; None means that `auto` decides.
+    because : tuple of str
+        Why this was chosen, when `auto` did.
+    """
+
+    vjp: Any = None
+    because: tuple[str, ...] = field(default=(), compare=False, repr=False, kw_only=True)
+
+    exact: ClassVar[bool] = False
+    boundary: ClassVar[bool] = True
+    modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
+    references: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def refuse(self, run: Run) -> None:
+        """Raise `UnsupportedCombination` if this run is beyond the algorithm."""
+
+    def plain(self, run: Run, x: Inputs) -> tuple[Outputs, Aux]:
+        """Solve without keeping anything for derivatives."""
+        return outputs(run, x)
+
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[Outputs, Aux, Any]:
+        """Solve, and keep what the derivatives in `wanted` need: `(outputs, aux, residuals)`."""
+        raise NotImplementedError
+
+    def reverse(self, run: Run, residuals: Any, ct: Outputs, wanted: frozenset[str]) -> Cotangents:
+        """Pull the cotangents of the outputs back to the inputs."""
+        raise NotImplementedError
+
+    def tangent(self, run: Run, residuals: Any, d: Tangents) -> Array:
+        """Push input directions forward to the save states: `(m, k, n)`."""
+        raise NotImplementedError
+
+
+def save_times(run: Run, x: Inputs, s: Span) -> Any:
+    """The save times as scalars; an integer number of them is spread evenly over the span."""
+    if isinstance(run.saves, int):
+        return run.be.spread(s.t0, s.t1, fractions(run.saves))
+    return run.be.scalars(x.saveat)
+
+
+def fractions(count: int) -> list[float]:
+    """Where `count` equally spaced times lie in the span."""
+    return [1.0] if count == 1 else [i / (count - 1) for i in range(count)]
+
+
+def outputs(run: Run, x: Inputs) -> tuple[Outputs, Aux]:
+    """Solve without keeping anything for derivatives."""
+    out, aux, _ = solve_forward(run, x, keep=False)
+    return out, aux
+
+
+class Solved(NamedTuple):
+    """What the forward solve leaves for the derivatives."""
+
+    x: Inputs
+    log: Any
+    end: State
+
+
+def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[Outputs, Aux, Solved]:
+    """The forward solve of every algorithm; with `keep`, all accepted steps are logged."""
+    be, tab = run.be, run.tableau
+    rhs = run.field.bind(be, x.theta, x.constants)
+    s = span(be, x.t0, x.t1)._replace(shift=shift)
+    timed = run.saves not in (None, "steps")
+    ts = save_times(run, x, s) if timed else None
+    sink = None
+    if keep or run.dense or run.saves == "steps":
+        sink = be.store(run.capacity)
+    elif timed:
+        sink = be.sampler(interpolant(be, tab), ts, x.u0, s.direction, run.capacity)
+    end, kept = integrate(run, tab, rhs, s, x.u0, x.rtol, x.atol, sink=sink,
+                          limit=None if sink is None else run.capacity)
+    if timed:
+        u = kept
+        if keep or run.dense:
+            u = be.sample(interpolant(be, tab), kept, ts if shift is None else x.saveat, x.u0, s.direction)
+        u = be.reached(u, ts, end.t, s.direction)
+    elif run.saves == "steps":
+        u, ts = be.nodes(kept, end.u, end.t)
+    else:
+        u, ts = end.u[None, :], [end.t]
+    nodes = stages = mesh = None
+    if run.dense:
+        times, sizes, nodes, stages = be.stacked(kept)
+        mesh = (times, sizes)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, tab, end), end.status, end.ratio, end.h, mesh)
+    return Outputs(u, nodes, stages), aux, Solved(x, kept if keep or run.dense else None, end)
+
+
+def fold_times(run: Run, ts_bar: Any, t0_bar: Scalar, t1_bar: Scalar) -> tuple[Scalar, Scalar]:
+    """Equally spaced save times are functions of the span: hand their cotangents to `t0` and `t1`."""
+    if isinstance(run.saves, int):
+        w = fractions(run.saves)
+        t1_bar = t1_bar + run.be.total(ts_bar, w)
+        t0_bar = t0_bar + run.be.total(ts_bar, [1.0 - w_i for w_i in w])
+    return t0_bar, t1_bar
+
+
+def size_of(x: Array) -> int:
+    """Number of entries."""
+    return math.prod(x.shape)
+
+
+def times_wanted(wanted: frozenset[str]) -> bool:
+    return bool(wanted & {"t0", "t1", "saveat"})
+
+
+def unsupported(algorithm: str, cause: str, instead: str) -> UnsupportedCombination:
+    return UnsupportedCombination(f"{algorithm} does not go with {cause}", "", f"sensealg={instead}")
+
+
+__all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "fold_times", "fractions",
+           "outputs", "replace", "save_times", "size_of", "solve_forward", "times_wanted", "unsupported"]

@@ -1,0 +1,162 @@
+"""Forward sensitivities: integrate the state and its derivatives together.
+
+    S' = f_u S + f_x,   S(t0) = du0/dx (and -f(t0, u0) for x = t0),
+
+one column of S per entry of the inputs asked for. Reverse mode is then `S^T ct`, forward mode `S d`; both cost one
+solve with `m` extra right-hand sides, which pays for few parameters. Reference: Hairer, Norsett, Wanner I, I.14.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from ..backend import Array
+from ..integrate import Run, evaluations, integrate, span
+from ..interpolate import interpolant
+from ..system import Inputs
+from . import base
+from .discrete import save_time_tangents
+
+
+class Columns(NamedTuple):
+    """Forward sensitivities at the save times `(k, m, n)`, the state's slope there, and what the columns mean."""
+
+    x: Inputs
+    S: Array
+    speed: Array | None
+    nfe: Any
+    status: Any
+    wanted: Any
+
+
+@dataclass(frozen=True)
+class ForwardSensitivity(base.SensitivityAlgorithm):
+    """Continuous forward sensitivities; error control covers the state and its derivatives.
+
+    Parameters
+    ----------
+    jvp : VJP, optional
+        How products with derivatives of `f` are made.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ("hairer1993",)
+
+    def refuse(self, run: Run) -> None:
+        if run.dense or run.saves == "steps":
+            raise base.unsupported(self.name, "dense=True or saveat='steps'", "RecursiveCheckpointAdjoint()")
+
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Columns]:
+        be, xp = run.be, run.be.xp
+        n = x.u0.shape[0]
+        parts = _parts(x, wanted)
+        m = sum(size for _, size in parts)
+        s = span(be, x.t0, x.t1)
+        rhs = run.field.bind(be, x.theta, x.constants)
+        S0, d_theta = _seeds(run, x, parts, m, rhs, s.t0)
+        push = run.vjp.pushforward(run, x, d_theta)
+
+        def augmented(t: Any, z: Array) -> Array:
+            f, df = push(t, z[:n], xp.reshape(z[n:], (m, n)), None)
+            return xp.concat([f, xp.reshape(df, (m * n,))])
+
+        tab = run.tableau
+        z0 = xp.concat([x.u0, xp.reshape(S0, (m * n,))])
+        norm = run.norm or (lambda e: be.greatest(be.rms(e[:n]), be.rms(e[n:])) if m else be.rms(e))
+        ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
+        sink = None
+        if run.saves is not None:
+            sink = be.sampler(interpolant(be, tab), ts, z0, s.direction, run.capacity)
+        end, rows = integrate(run, tab, augmented, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm,
+                              limit=None if sink is None else run.capacity)
+        rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
+        u, S = rows[:, :n], xp.reshape(rows[:, n:], (-1, m, n))
+        speed = None
+        nfe = evaluations(run, tab, end) + ("t0" in wanted)
+        if base.times_wanted(wanted):
+            _, slopes = be.scan(lambda _, i: (0, rhs(be.time(i[0]), i[1])), 0, (ts, u))
+            speed, nfe = be.gathered(slopes), nfe + u.shape[0]
+        ts_out = [end.t] if run.saves is None else ts
+        aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None)
+        return base.Outputs(u, None, None), aux, Columns(x, S, speed, nfe, end.status, parts)
+
+    def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
+        be, xp = run.be, run.be.xp
+        x, S, speed, _, status, parts = residuals
+        k, m, n = S.shape
+        g = xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)) @ xp.reshape(ct.u, (k * n,))
+        u0, theta, t0 = 0.0 * x.u0, be.zeros(x.theta), 0.0
+        start = 0
+        for name, size in parts:
+            piece = g[start:start + size]
+            start += size
+            if name == "u0":
+                u0 = piece
+            elif name == "theta":
+                theta = be.split(piece, x.theta)
+            else:
+                t0 = be.scalar(piece[0])
+        t1, ts_bar = 0.0, None
+        if speed is not None:
+            moves = be.scalars(xp.sum(ct.u * speed, axis=1))
+            if run.saves is None:
+                t1 = moves[0]
+            else:
+                ts_bar = moves
+                t0, t1 = base.fold_times(run, ts_bar, t0, t1)
+        return base.Cotangents(u0, theta if "theta" in wanted else (), t0, t1, ts_bar, 0, 0, status)
+
+    def tangent(self, run: Run, residuals: Columns, d: base.Tangents) -> Array:
+        be, xp = run.be, run.be.xp
+        _, S, speed, _, _, parts = residuals
+        k, m, n = S.shape
+        rows = d.u0.shape[0]
+        coefficients = []
+        for name, _ in parts:
+            if name == "u0":
+                coefficients.append(d.u0)
+            elif name == "theta":
+                coefficients += [xp.reshape(v, (rows, -1)) for v in d.theta]
+            else:
+                coefficients.append(0.0 * d.u0[:, :1] if d.t0 is None else d.t0[:, None])
+        c = xp.concat(coefficients, axis=1)
+        du = xp.reshape(c @ xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)), (rows, k, n))
+        if speed is None:
+            return du
+        zero = 0.0 * d.u0[:, 0]
+        dt0, dt1 = zero if d.t0 is None else d.t0, zero if d.t1 is None else d.t1
+        ds = dt1[:, None] if run.saves is None else save_time_tangents(run, d, dt0, dt1)
+        return du + ds[:, :, None] * speed[None, :, :]
+
+
+def _parts(x: Inputs, wanted: frozenset[str]) -> tuple[tuple[str, int], ...]:
+    """The inputs with a column each, and how many entries they have."""
+    sizes = {"u0": x.u0.shape[0], "theta": sum(base.size_of(v) for v in x.theta), "t0": 1}
+    return tuple((name, size) for name, size in sizes.items() if name in wanted and size)
+
+
+def _seeds(run: Run, x: Inputs, parts: Any, m: int, rhs: Any, t0: Any) -> tuple[Array, tuple[Array, ...]]:
+    be, xp = run.be, run.be.xp
+    n = x.u0.shape[0]
+    S0 = be.unit_rows(m, n, m, x.u0)
+    d_theta = tuple(xp.reshape(be.unit_rows(m, base.size_of(v), m, v), (m, *v.shape)) for v in x.theta)
+    start = 0
+    for name, size in parts:
+        if name == "u0":
+            S0 = S0 + be.unit_rows(m, n, start, x.u0)
+        elif name == "theta":
+            seeds, at = [], start
+            for v in x.theta:
+                seeds.append(xp.reshape(be.unit_rows(m, base.size_of(v), at, v), (m, *v.shape)))
+                at += base.size_of(v)
+            d_theta = tuple(seeds)
+        else:
+            S0 = S0 - be.unit_rows(m, 1, start, x.u0) @ rhs(be.time(t0), x.u0)[None, :]
+        start += size
+    return S0, d_theta
+
+
+def _wide(be: Any, atol: Any, m: int) -> Any:
+    """A tolerance vector for the state, repeated for each column."""
+    return atol if getattr(atol, "ndim", 0) == 0 else be.xp.concat([atol] * (m + 1))
+

@@ -1,0 +1,83 @@
+"""The automatic choice: which algorithm, which VJP, and the sentences that say why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .algorithms.discrete import RecursiveCheckpointAdjoint
+from .errors import UnsupportedCombination
+from .integrate import Run, span
+from .system import Inputs
+from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
+
+
+class _Auto:
+    """Let the library choose; what it chose and why stands on `sol.sensealg`."""
+
+    def __repr__(self) -> str:
+        return "auto"
+
+    def __reduce__(self) -> str:
+        return "auto"
+
+
+auto: Any = _Auto()
+
+
+def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
+    """The algorithm in use, with its reasons, and the run with its VJP choice bound.
+
+    Raises
+    ------
+    UnsupportedCombination
+        The algorithm or the VJP choice cannot serve this run.
+    """
+    because: tuple[str, ...] = ()
+    if sensealg is auto:
+        sensealg = RecursiveCheckpointAdjoint()
+        because = ("exact gradient of the computed solution; costs one product with the derivatives of f per stage",)
+    vjp = sensealg.vjp
+    if vjp is None or vjp is auto:
+        vjp, reason = choose_vjp(run, x)
+        because += (reason,)
+    elif missing := vjp.missing(run.be, run.problem):
+        raise UnsupportedCombination(f"{vjp.name} cannot be used: {missing}", "",
+                                     "vjp=FiniteDifferenceVJP() serves any f; vjp=auto chooses")
+    run = replace(run, vjp=vjp)
+    sensealg.refuse(run)
+    return replace(sensealg, vjp=vjp, because=because), run
+
+
+def choose_vjp(run: Run, x: Inputs) -> tuple[VJP, str]:
+    """The first of: the user's products, the framework's reverse mode, differences."""
+    be, user, reverse = run.be, UserVJP(), ReverseVJP()
+    if user.missing(be, run.problem) is None and run.field.p.count == len(x.theta):
+        return user, "the problem carries its own derivatives"
+    missing = reverse.missing(be, run.problem)
+    if missing is None and be.opaque:
+        missing = _disagreement(run, x)
+    if missing is None:
+        return reverse, f"reverse-mode AD of {be.name}"
+    return FiniteDifferenceVJP(), (f"central differences, because {missing}; vjp=ComplexStepVJP() is exact for an "
+                                   "analytic f, ODEProblem(vjp=...) for any")
+
+
+def _disagreement(run: Run, x: Inputs) -> str | None:
+    """Why reverse-mode AD cannot be trusted with this `f`, checked by value at the initial point."""
+    be = run.be
+    s = span(be, x.t0, x.t1)
+    n = run.field.u.size
+    ct = be.vector([1.0 + 0.25 * i / n for i in range(n)], x.u0)
+    results = []
+    for vjp in (ReverseVJP(), FiniteDifferenceVJP()):
+        try:
+            bound = replace(run, vjp=vjp)
+            results.append(vjp.pullback(bound, x, params=False)(be.time(s.t0), x.u0, ct)[0])
+        except Exception as e:  # any failure of AD on a user's function means the same: it cannot serve
+            return f"{be.name} AD fails on f ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+    exact, numeric = results
+    gap = be.rms(exact - numeric)
+    if gap <= 1e-4 * (be.rms(numeric) + be.rms(ct)):
+        return None
+    return f"{be.name} AD of f disagrees with differences at the start (f leaves the AD's namespace)"

@@ -1,0 +1,132 @@
+"""Exceptions and warnings: each says what was seen, why it matters and what to type instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SensitivityError(Exception):
+    """Base of every error raised here; `code` is stable and listed in the documentation.
+
+    All state lives in `args`, so instances pickle across process pools.
+    """
+
+    code = "SN100"
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(what, why, fix)
+
+    def __str__(self) -> str:
+        what, why, fix = self.args[:3]
+        lines = [f"[{self.code}] {what}"]
+        if why:
+            lines.append(f"  why: {why}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        return "\n".join(lines)
+
+
+class SignatureError(SensitivityError, TypeError):
+    """`f` cannot be called as `f(t, u, p)`."""
+
+    code = "SN101"
+
+
+class OutputError(SensitivityError, ValueError):
+    """`f` returned something that does not have the structure, shape or dtype of `u0`."""
+
+    code = "SN102"
+
+
+class ImpureFunctionError(SensitivityError, ValueError):
+    """`f` changes its arguments or gives two answers for one input."""
+
+    code = "SN103"
+
+
+class BrokenGradientError(SensitivityError, ValueError):
+    """The framework's AD cannot see through `f`."""
+
+    code = "SN104"
+
+
+class TracingError(SensitivityError, TypeError):
+    """`f` needs the value of something that is only traced."""
+
+    code = "SN105"
+
+
+class MixedFrameworksError(SensitivityError, TypeError):
+    """Arrays of two frameworks meet in one problem."""
+
+    code = "SN106"
+
+
+class InputError(SensitivityError, ValueError):
+    """An argument has a value outside what is accepted."""
+
+    code = "SN107"
+
+
+class TimesError(InputError):
+    """Times lie outside `tspan` or are not numbers."""
+
+    code = "SN108"
+
+
+class ToleranceError(InputError):
+    """A tolerance cannot be met in the dtype of the state."""
+
+    code = "SN109"
+
+
+class UnsupportedCombination(SensitivityError, NotImplementedError):
+    """This algorithm, method, backend and problem do not go together; the message names what does."""
+
+    code = "SN110"
+
+
+class CapturedValueError(SensitivityError, ValueError):
+    """`f` closes over a value that is being differentiated and that cannot be reached."""
+
+    code = "SN111"
+
+
+class SolveError(SensitivityError, RuntimeError):
+    """The solve did not reach the end.
+
+    Attributes
+    ----------
+    retcode : RetCode
+    t : float
+        Time reached.
+    solution : Solution or None
+        What was computed up to there (not carried through pickling of framework tensors).
+    """
+
+    code = "SN201"
+
+    def __init__(self, what: str, why: str = "", fix: str = "", retcode: Any = None, t: float | None = None,
+                 solution: Any = None) -> None:
+        Exception.__init__(self, what, why, fix, retcode, t, solution)
+
+    retcode = property(lambda self: self.args[3])
+    t = property(lambda self: self.args[4])
+    solution = property(lambda self: self.args[5])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args[:5], None)
+
+
+class BackendMissingError(SensitivityError, ImportError):
+    """The package that a backend needs is not installed."""
+
+    code = "SN401"
+
+
+class SensitivityWarning(UserWarning):
+    """Base of every warning issued here."""
+
+
+class NumericalDerivativeWarning(SensitivityWarning):
+    """A derivative was replaced by finite differences without having been asked for."""

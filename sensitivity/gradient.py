@@ -1,0 +1,215 @@
+"""`gradient`: the derivative of a loss of the solution, in any framework and without an AD library too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from .algorithms.base import Aux, Cotangents, Outputs
+from .choose import auto, choose
+from .errors import InputError, NumericalDerivativeWarning, SolveError
+from .integrate import RetCode, Run
+
+from .solution import Gradient
+from .solve import build, checked, prepare_options, report, warn_numerical
+from .system import Inputs
+
+NAMES = ("u0", "p", "t0", "t1", "saveat")
+
+
+def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = None, *, wrt: Any = ("u0", "p"),
+             sensealg: Any = auto, dloss: Callable[[Any], Any] | None = None, on_failure: str = "raise",
+             **options: Any) -> Gradient:
+    """Value and gradient of `loss(solution)`.
+
+    Parameters
+    ----------
+    prob, alg, sensealg
+        As for `solve`.
+    loss : callable
+        A real scalar function of the `Solution`.
+    wrt : str or tuple of str
+        Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to.
+    dloss : callable, optional
+        `dloss(solution)` is the derivative of the loss with respect to `sol.u`, in its structure. Without it the
+        framework's AD differentiates the loss; where there is none, central differences do (with a warning).
+    options
+        The keywords of `solve`.
+
+    Returns
+    -------
+    Gradient
+        `value, u0, p, t0, t1, saveat, solution, stats, sensealg`.
+
+    Raises
+    ------
+    InputError
+        `wrt` names something unknown, or something that the problem does not have.
+    SolveError
+        The forward or the reverse solve failed.
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in NAMES:
+            raise InputError(f"wrt holds {name!r}", "", f"choose from {', '.join(NAMES)}")
+    if loss is None or not callable(loss):
+        raise InputError("loss is not callable", "", "loss=lambda sol: (sol.u ** 2).sum()")
+    run, x = prepare_options(prob, alg, options)
+    if "p" in names and not x.theta:
+        raise InputError("wrt holds 'p', but the problem has no floating-point parameters",
+                         "nothing can be differentiated", "ODEProblem(f, u0, tspan, p), or wrt='u0'")
+    if "saveat" in names and run.saves != "ts":
+        raise InputError("wrt holds 'saveat', but saveat is not an array of times", "", "saveat=np.array([...])")
+    algorithm, run = choose(run, x, checked(sensealg))
+    warn_numerical(algorithm)
+    wanted = frozenset("theta" if n == "p" else n for n in names)
+    task = _through if not algorithm.boundary else _explicit
+    return task(prob, run, x, algorithm, loss, dloss, wanted, on_failure)
+
+
+def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: Any, wanted: frozenset[str],
+              on_failure: str) -> Gradient:
+    """Forward, loss, reverse: one after the other."""
+    be = run.be
+    out, aux, residuals = be.run(algorithm, "forward", run, (x,), wanted)
+    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol)
+    bar: Cotangents = be.run(algorithm, "reverse", run, (residuals, ct), wanted)
+    status = be.concrete(bar.status)
+    if status is not None and status != RetCode.Success and on_failure == "raise" and sol.success:
+        raise SolveError(f"the reverse solve of {algorithm.name} failed: {RetCode(int(status)).name}",
+                         "the adjoint equation needs more steps than allowed",
+                         "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(status)), None, sol)
+    sol.stats.nvjp, sol.stats.nfe = bar.nvjp, sol.stats.nfe + bar.nfe
+    parts = {"u0": bar.u0, "theta": bar.theta, "t0": bar.t0, "t1": bar.t1, "saveat": bar.saveat}
+    total = {name: _sum(be, parts[name], direct.get(name)) for name in wanted}
+    return _result(run, x, value, total, sol, algorithm)
+
+
+def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: Any, wanted: frozenset[str],
+             on_failure: str) -> Gradient:
+    """The framework's own AD through solve and loss."""
+    be = run.be
+    order = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
+    kept: list[Any] = []
+
+    def total(*arrays: Any) -> Any:
+        out, aux = algorithm.plain(run, _replaced(x, order, arrays))
+        kept[:] = [out, aux]
+        return loss(build(prob, run, _replaced(x, order, arrays), algorithm, out, aux))
+
+    if dloss is not None:
+        raise InputError("dloss= cannot be used with DirectAdjoint", "the framework differentiates the loss itself",
+                         "leave dloss out, or sensealg=RecursiveCheckpointAdjoint()")
+    arrays = _selected(x, order)
+    value, grads = be.loss_vjp(total, arrays)
+    out, aux = algorithm.plain(run, x)
+    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    bars, rest = {}, list(grads)
+    for name in order:
+        take = len(x.theta) if name == "theta" else 1
+        bars[name] = tuple(rest[:take]) if name == "theta" else rest[0]
+        rest = rest[take:]
+    return _result(run, x, value, bars, sol, algorithm)
+
+
+def _selected(x: Inputs, order: list[str]) -> tuple[Any, ...]:
+    out: list[Any] = []
+    for name in order:
+        out += list(x.theta) if name == "theta" else [getattr(x, name)]
+    return tuple(out)
+
+
+def _replaced(x: Inputs, order: list[str], arrays: Any) -> Inputs:
+    rest = list(arrays)
+    for name in order:
+        if name == "theta":
+            x, rest = x._replace(theta=tuple(rest[:len(x.theta)])), rest[len(x.theta):]
+        else:
+            x, rest = x._replace(**{name: rest[0]}), rest[1:]
+    return x
+
+
+def _sum(be: Any, a: Any, b: Any) -> Any:
+    if b is None:
+        return a
+    if isinstance(a, tuple):
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+    return a + b
+
+
+def _result(run: Run, x: Inputs, value: Any, bars: dict[str, Any], sol: Any, algorithm: Any) -> Gradient:
+    be, field = run.be, run.field
+    u0 = p = None
+    if "u0" in bars:
+        u0 = be.unflatten(field.u.structure, field.u.unravel(be, bars["u0"]))
+    if "theta" in bars:
+        p = field.p.join(be, bars["theta"][:field.p.count], x.constants) if field.p.count else bars["theta"]
+    times = {n: None if bars.get(n) is None else be.time_vector(bars[n], x.u0) for n in ("t0", "t1", "saveat")}
+    return Gradient(value, u0, p, times["t0"], times["t1"], times["saveat"], sol, sol.stats, algorithm)
+
+
+def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux, loss: Any, dloss: Any,
+                   sol: Any) -> tuple[Any, Outputs, dict[str, Any]]:
+    """Value of the loss, cotangents of the outputs, and what the loss takes from `p` directly."""
+    be, layout = run.be, run.field.u
+    if dloss is not None:
+        leaves = [be.asarray(v, dtype=out.u.dtype) for v in be.flatten(dloss(sol))[0]]
+        shapes = tuple((out.u.shape[0], *s) for s in layout.shapes)
+        if tuple(tuple(v.shape) for v in leaves) != shapes:
+            raise InputError(f"dloss(sol) has shapes {[tuple(v.shape) for v in leaves]}, sol.u has {list(shapes)}", "",
+                             "return the derivative of the loss with respect to sol.u")
+        return loss(sol), Outputs(layout.ravel(be, leaves, batch=1), *_zeros(be, out)), {}
+
+    k = run.field.p.count
+    optional = tuple(v for v in out if v is not None)
+
+    def of(*arrays: Any) -> Any:
+        parts = list(arrays[:len(optional)])
+        moved = Outputs(*(None if v is None else parts.pop(0) for v in out))
+        theta = (*arrays[len(optional):], *x.theta[k:])
+        inner = build(prob.remake(p=run.field.p.join(be, theta, x.constants)) if k else prob, run,
+                      x._replace(theta=theta), algorithm, moved, aux)
+        return loss(inner)
+
+    arrays = (*optional, *x.theta[:k])
+    answer = be.loss_vjp(of, arrays)
+    if answer is None:
+        value, grads = _differences(be, of, arrays)
+    else:
+        value, grads = answer
+    _check_scalar(value)
+    parts = list(grads[:len(optional)])
+    ct = Outputs(*(None if v is None else parts.pop(0) for v in out))
+    return value, ct, {"theta": (*grads[len(optional):], *be.zeros(x.theta[k:]))} if k else {}
+
+
+def _check_scalar(value: Any) -> None:
+    if getattr(value, "ndim", 0) != 0:
+        raise InputError(f"loss returned shape {tuple(value.shape)}, expected a scalar", "a gradient belongs to one number",
+                         "sum or average it: lambda sol: (sol.u ** 2).sum()")
+
+
+def _zeros(be: Any, out: Outputs) -> tuple[Any, Any]:
+    return tuple(None if v is None else be.xp.zeros_like(v) for v in out[1:])  # type: ignore[return-value]
+
+
+def _differences(be: Any, loss: Callable, arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Central differences of a cheap user loss: no solve is repeated."""
+    warnings.warn(f"the loss is differentiated by central differences: the {be.name} backend has no AD for it"
+                  f"{be.how_to_get_ad}; pass dloss= for an exact derivative", NumericalDerivativeWarning, stacklevel=6)
+    step = be.eps(arrays[0].dtype) ** (1 / 3)
+    grads = []
+    for i, a in enumerate(arrays):
+        flat, entries = be.xp.reshape(a, (-1,)), []
+        for j in range(flat.shape[0]):
+            e = step * max(1.0, abs(float(flat[j])))
+            unit = be.unit_rows(1, flat.shape[0], -j, flat)[0, :]
+            plus, minus = (be.xp.reshape(flat + d * unit, a.shape) for d in (e, -e))
+            entries.append(float(loss(*arrays[:i], plus, *arrays[i + 1:]) - loss(*arrays[:i], minus, *arrays[i + 1:])) / (2 * e))
+        grads.append(be.xp.reshape(be.vector(entries, flat), a.shape))
+    return loss(*arrays), tuple(grads)
+
+
+__all__ = ["gradient"]

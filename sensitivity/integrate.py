@@ -1,0 +1,176 @@
+"""The step loop: attempt, accept or reject, record, resize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from .backend import Array, Record, Scalar
+from .methods import RungeKutta, step
+from .system import Field
+from .tableaus import Tableau
+
+
+class RetCode(IntEnum):
+    """How a solve ended."""
+
+    Success = 0
+    MaxSteps = 1
+    DtMin = 2
+    NonFinite = 3
+    NewtonFailure = 4
+    Terminated = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is fixed for one solve and known before it starts; hashable, so that compiled solves can be reused.
+
+    `saves` is None (the end), an int (equally spaced), "steps", or "ts" (times given in the inputs).
+    """
+
+    be: Any = field(compare=False)
+    backend: str
+    field: Field
+    method: RungeKutta
+    controller: Any
+    vjp: Any
+    problem: Any
+    saves: Any
+    dense: bool
+    dt: float | None
+    dtmin: float | None
+    dtmax: float | None
+    tstops: tuple[float, ...]
+    max_steps: int
+    capacity: int
+    norm: Callable[[Array], Any] | None
+    progress: Callable[..., Any] | None
+    interpolated: bool = False
+
+    @property
+    def tableau(self) -> Tableau:
+        """The forward solve's tableau; times inside steps need dense output."""
+        return self.method.tableau(self.dense or self.interpolated or self.saves not in (None, "steps"))
+
+
+class State(NamedTuple):
+    """Loop state; `k` is `f(t, u)` for first-same-as-last methods, `ratio` the last error norm in tolerances."""
+
+    t: Scalar
+    h: Scalar
+    u: Array
+    k: Array | None
+    memory: Scalar
+    ratio: Scalar
+    accepted: Any
+    rejected: Any
+    status: Any
+
+
+class Span(NamedTuple):
+    """Start, end and direction of one integration; `shift` moves them for differentiation (see `DirectAdjoint`)."""
+
+    t0: Scalar
+    t1: Scalar
+    direction: Scalar
+    shift: tuple[Any, Any] | None = None
+
+
+def span(be: Any, t0: Any, t1: Any) -> Span:
+    t0, t1 = be.scalar(t0), be.scalar(t1)
+    return Span(t0, t1, be.choose(t1 >= t0, 1.0, -1.0))
+
+
+def initial_step(run: Run, tab: Tableau, rhs: Callable, s: Span, u: Array, k: Array, rtol: Any, atol: Any,
+                 norm: Callable) -> Scalar:
+    """Starting step size (Hairer, Norsett, Wanner I, II.4); one evaluation of `f` beyond `k = f(t0, u)`."""
+    be = run.be
+    d0, d1 = norm(be.scaled(u, u, u, rtol, atol)), norm(be.scaled(k, u, u, rtol, atol))
+    small = be.least(d0, d1) < 1e-5
+    h0 = be.choose(small, 1e-6, 0.01 * d0 / be.choose(small, 1.0, d1))
+    h0 = be.least(h0, abs(s.t1 - s.t0))
+    h = s.direction * h0
+    slope = rhs(be.time(s.t0 + h), be.combine(u, h, (1.0,), k[None, :]))
+    d2 = norm(be.scaled(slope - k, u, u, rtol, atol)) / be.choose(h0 > 0.0, h0, 1.0)
+    top = be.greatest(d1, d2)
+    flat = top <= 1e-15
+    h1 = be.choose(flat, be.greatest(1e-6, h0 * 1e-3), (0.01 / be.choose(flat, 1.0, top)) ** (1.0 / (tab.order + 1)))
+    # A non-finite slope at the trial point says that the trial was too long, not how long a step may be.
+    h1 = be.choose(be.isfinite(d2), be.least(100.0 * h0, h1), 1e-3 * h0)
+    return s.direction * h1
+
+
+def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
+              norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None) -> tuple[State, Any]:
+    """Integrate `u' = rhs(t, u)` over the span `s`; returns the last state and what `sink` collected.
+
+    `h` is a first step size to try; without it (and without `run.dt`) one is chosen.
+    """
+    be, controller = run.be, run.controller
+    norm = norm or run.norm or be.rms
+    k0 = rhs(be.time(s.t0), u0) if tab.fsal else None
+    if h is None:
+        if run.dt is not None:
+            h = s.direction * run.dt
+        else:
+            assert k0 is not None
+            h = initial_step(run, tab, rhs, s, u0, k0, rtol, atol, norm)
+    length = abs(s.t1 - s.t0)
+    tiny = 16.0 * be.eps(be.time_dtype(u0.dtype)) * be.greatest(abs(s.t0), abs(s.t1)) if run.dtmin is None else run.dtmin
+    k = tab.order
+    delta = None if s.shift is None else s.shift[1] - s.shift[0]
+
+    def advance(state: State) -> tuple[State, Record, Any]:
+        target = s.t1
+        for stop in reversed(run.tstops):
+            target = be.choose(s.direction * (stop - state.t) > 0.0, stop, target)
+        remaining = target - state.t
+        wanted = abs(state.h) if run.dtmax is None else be.least(abs(state.h), run.dtmax)
+        last = wanted * (1.0 + 1e-9) >= abs(remaining)
+        h = be.choose(last, remaining, s.direction * wanted)
+        t_f, h_f = (state.t, h) if s.shift is None else _shifted(be, s, state.t, h, last & (target == s.t1), delta)
+        u1, K = step(be, tab, rhs, t_f, h_f, state.u, state.k)
+        record = Record(t_f, h_f, state.u, K)
+        if not controller.adaptive:
+            t = be.choose(last, target, state.t + h)
+            return (State(t, state.h, u1, K[-1, :] if tab.fsal else None, state.memory, state.ratio,
+                          state.accepted + 1, state.rejected, state.status), record, True)
+        ratio = norm(be.scaled(be.combine(None, h, tab.error, K), state.u, u1, rtol, atol))
+        keep, factor, memory = controller.propose(be, ratio, state.memory, k)
+        t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
+        h_next = be.choose(last & keep, s.direction * be.greatest(wanted, abs(h) * factor), h * factor)
+        stuck = (abs(h_next) < tiny) & (t != s.t1)
+        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
+                           state.status)
+        if run.progress is not None:
+            be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
+        new = State(t, h_next, *be.choose(keep, (u1, K[-1, :] if tab.fsal else None), (state.u, state.k)), memory,
+                    ratio, state.accepted + be.choose(keep, 1, 0), state.rejected + be.choose(keep, 0, 1), status)
+        return new, record, keep
+
+    def running(state: State) -> Any:
+        return (state.t != s.t1) & (state.status == int(RetCode.Success))
+
+    start = State(s.t0, h, u0, k0, controller.init(), 0.0, 0, 0, int(RetCode.Success))
+    end, result = be.iterate(advance, start, running, limit or run.max_steps, sink)
+    if not controller.adaptive:
+        bad = be.choose(be.isfinite(be.rms(end.u)), int(RetCode.Success), int(RetCode.NonFinite))
+        end = end._replace(status=bad)
+    short = (end.t != s.t1) & (end.status == int(RetCode.Success))
+    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), result
+
+
+def _shifted(be: Any, s: Span, t: Scalar, h: Scalar, last: Any, delta: Any) -> tuple[Any, Any]:
+    """Times that carry derivatives: every node moves with `t0`, the last step also with `t1`."""
+    assert s.shift is not None
+    return t + s.shift[0], h + be.choose(last, delta, 0.0 * delta)
+
+
+def evaluations(run: Run, tab: Tableau, end: State, started: bool = False) -> Any:
+    """How often `f` was evaluated: by the formula, which the tests compare with a counter."""
+    attempts = end.accepted + end.rejected
+    start = 0 if started or run.dt is not None else 1 if tab.fsal else 2
+    return (1 + (tab.stages - 1) * attempts if tab.fsal else tab.stages * attempts) + start

@@ -1,0 +1,6 @@
+"""What plugin authors import."""
+
+from .hooks import hookimpl, hookspec
+from .registry import BackendInfo
+
+__all__ = ["BackendInfo", "hookimpl", "hookspec"]

@@ -1,0 +1,257 @@
+"""From what the user wrote to a `Run` and its `Inputs`: backend, flattening, defaults, checks of the arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from . import probe as first_call
+from .control import FixedStep, PIController
+from .errors import InputError, TimesError, ToleranceError, UnsupportedCombination
+from .integrate import Run
+from .methods import RungeKutta, Tsit5
+from .problems import ODEProblem
+from .registry import registry
+from .system import Field, Inputs, Layout, Partition
+
+MAX_STEPS = 100_000
+MAX_RECORDED = 4096
+
+
+def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: Any = None, dt: Any = None,
+            events: Any = None, max_steps: int | None = None, dtmin: float | None = None, dtmax: float | None = None,
+            dense: bool = False, backend: str | None = None, device: Any = None, dtype: Any = None,
+            progress: Any = False, controller: Any = None, norm: Any = None, tstops: Any = None,
+            probe: str = "raise") -> tuple[Run, Inputs]:
+    """Check everything that can be checked before work starts, and lay it out flat.
+
+    Raises
+    ------
+    InputError, TimesError, ToleranceError, UnsupportedCombination, and the errors of the first-call check.
+    """
+    if not isinstance(prob, ODEProblem):
+        raise InputError(f"prob is {type(prob).__name__}, not a problem", "",
+                         "sa.solve(sa.ODEProblem(f, u0, tspan, p), sa.Tsit5())")
+    method = Tsit5() if alg is None else alg
+    if isinstance(method, type):
+        raise InputError(f"alg={method.__name__} is a class, not a method", "", f"alg={method.__name__}()")
+    if not isinstance(method, RungeKutta):
+        raise InputError(f"alg={alg!r} is not a method", "", "alg=sa.Tsit5()")
+    if prob.mass_matrix is not None:
+        raise UnsupportedCombination(f"{method.name} cannot use a mass matrix", "explicit methods solve u' = f",
+                                     "multiply f by the inverse of a nonsingular M")
+    if events is not None:
+        raise UnsupportedCombination("events are not available", "", "split the solve at known times with remake")
+    _choice("probe", probe, ("raise", "warn", "off"))
+
+    be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
+    u_leaves, u_structure = be.flatten(prob.u0)
+    if not u_leaves:
+        raise InputError(f"u0={prob.u0!r} holds no numbers", "", "u0=np.array([1.0, 0.0])")
+    kind = _state_dtype(be, u_leaves, dtype)
+    u_leaves = [_state(be, v, kind, device) for v in u_leaves]
+    u_layout = Layout(u_structure, tuple(tuple(v.shape) for v in u_leaves))
+    u0 = u_layout.ravel(be, u_leaves)
+    partition, theta, constants = Partition.of(be, prob.p)
+    t0, t1 = (_time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
+    c0, c1 = be.concrete(t0), be.concrete(t1)
+
+    u_tree = be.unflatten(u_structure, u_leaves)
+    f = prob.f
+    if probe != "off":
+        first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), mode=probe)
+    f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
+
+    saves, times = _saves(be, saveat, c0, c1, u0)
+    controller, dt = _controller(method, controller, dt, c0, c1)
+    rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
+    max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1)
+    run = Run(
+        be=be, backend=be.name, field=Field(f, u_layout, partition), method=method, controller=controller, vjp=None,
+        problem=prob, saves=saves, dense=bool(dense), dt=dt, dtmin=_positive("dtmin", dtmin),
+        dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1), max_steps=max_steps, capacity=capacity,
+        norm=norm, progress=_progress(progress),
+    )
+    return run, Inputs(u0, (*theta, *captured), t0, t1, times, constants, rtol, atol)
+
+
+def _labelled(prob: ODEProblem, saveat: Any) -> list[tuple[str, Any]]:
+    from . import tree
+
+    out = []
+    for name, value in (("u0", prob.u0), ("p", prob.p), ("tspan", list(prob.tspan))):
+        leaves, _ = tree.flatten(value)
+        out += [(name, x) for x in leaves]
+    return [*out, ("saveat", saveat)]
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}", "", f"{name}={allowed[0]!r}")
+
+
+def _state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:
+    """The common floating dtype of the state; whole numbers become the backend's default float."""
+    if dtype is not None:
+        return dtype
+    kinds = [x.dtype for x in leaves if be.is_array(x) and be.is_float(x)]
+    if kinds:
+        return kinds[0] if len(kinds) == 1 else be.xp.result_type(*kinds)
+    return be.xp.complex128 if any(isinstance(x, complex) for x in leaves) else be.default_float()
+
+
+def _state(be: Any, x: Any, dtype: Any, device: Any) -> Any:
+    if be.is_array(x):
+        if x.dtype == dtype and device is None:
+            return x
+        return be.asarray(x, dtype=dtype, device=device)
+    try:
+        return be.asarray(x, dtype=dtype, device=device)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"u0 holds a {type(x).__name__}, which is no array", "", "u0=np.array([1.0, 0.0])") from e
+
+
+def _time(be: Any, t: Any, name: str, like: Any) -> Any:
+    """A time as a 0-d array of the backend."""
+    try:
+        t = be.asarray(t, dtype=be.time_dtype(like.dtype), device=be.device(like))
+    except (TypeError, ValueError) as e:
+        raise TimesError(f"{name}={t!r} is not a number", "", "tspan=(0.0, 10.0)") from e
+    if t.ndim:
+        raise TimesError(f"{name} has shape {tuple(t.shape)}, expected a scalar", "", "tspan=(0.0, 10.0)")
+    value = be.concrete(t)
+    if value is not None and not math.isfinite(value):
+        raise TimesError(f"{name}={value} is not finite", "", "tspan=(0.0, 10.0)")
+    return t
+
+
+def _saves(be: Any, saveat: Any, t0: float | None, t1: float | None, like: Any) -> tuple[Any, Any]:
+    if saveat is None:
+        return None, None
+    if isinstance(saveat, str):
+        _choice("saveat", saveat, ("steps",))
+        return "steps", None
+    if isinstance(saveat, int) and not isinstance(saveat, bool):
+        if saveat < 1:
+            raise TimesError(f"saveat={saveat} asks for no output", "", "saveat=None for the end only")
+        return saveat, None
+    try:
+        ts = be.asarray(saveat, dtype=be.time_dtype(like.dtype), device=be.device(like))
+    except (TypeError, ValueError) as e:
+        raise TimesError(f"saveat={saveat!r} is not a list of times", "",
+                         "saveat=np.linspace(0.0, 10.0, 11), an integer, 'steps' or None") from e
+    if ts.ndim != 1 or ts.shape[0] == 0:
+        raise TimesError(f"saveat has shape {tuple(ts.shape)}, expected a vector of times",
+                         "one row of sol.u belongs to each time", "saveat=[t] for one time, saveat=None for the end")
+    if t0 is not None and t1 is not None:
+        low, high = min(t0, t1), max(t0, t1)
+        slack = 1e-12 * max(abs(low), abs(high)) if be.eps(ts.dtype) < 1e-10 else 1e-6 * max(abs(low), abs(high))
+        values = be.concrete_times(ts)
+        for i, t in enumerate(values or ()):
+            if not low - slack <= t <= high + slack:
+                fix = f"tspan=({min(low, t):g}, {max(high, t):g})" if math.isfinite(t) else "remove it"
+                raise TimesError(f"saveat[{i}]={t:g} lies outside tspan=({t0:g}, {t1:g})",
+                                 "the solver does not extrapolate", fix)
+    return "ts", ts
+
+
+def _controller(method: Any, controller: Any, dt: Any, t0: float | None, t1: float | None) -> tuple[Any, float | None]:
+    dt = _positive("dt", dt)
+    if controller is None:
+        controller = PIController() if method.adaptive else FixedStep()
+    if controller.adaptive and not method.adaptive:
+        raise UnsupportedCombination(f"{method.name} has no error estimate to control steps with", "",
+                                     "controller=FixedStep() with dt=, or Tsit5()")
+    if not controller.adaptive and dt is None:
+        raise InputError(f"{method.name} takes fixed steps and dt was not given", "there is no error estimate"
+                         if not method.adaptive else "FixedStep needs a size", "dt=0.01, or an adaptive method: Tsit5()")
+    return controller, dt
+
+
+def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: Any) -> tuple[Any, Any]:
+    eps = be.eps(dtype)
+    double = eps < 1e-10
+    out = []
+    for name, value, default in (("rtol", rtol, 1e-6 if double else 1e-4), ("atol", atol, 1e-9 if double else 1e-6)):
+        value = default if value is None else value
+        if not isinstance(value, int | float):
+            leaves, _ = be.flatten(value)
+            leaves = [be.asarray(v, dtype=be.real_dtype(dtype), device=be.device(u0)) for v in leaves]
+            if len(leaves) == 1 and leaves[0].ndim == 0:
+                value = be.concrete(leaves[0])
+                if value is None:
+                    out.append(leaves[0])
+                    continue
+            else:
+                if tuple(tuple(v.shape) for v in leaves) != layout.shapes:
+                    raise ToleranceError(f"{name} has other shapes than u0", "", f"{name}=1e-8, or one number per entry")
+                out.append(layout.ravel(be, leaves))
+                continue
+        value = float(value)
+        if not value >= 0.0 or not math.isfinite(value):
+            raise ToleranceError(f"{name}={value:g} is not a positive number", "", f"{name}={default:g}")
+        if name == "rtol" and 0.0 < value < 100.0 * eps:
+            raise ToleranceError(
+                f"rtol={value:g} cannot be met in {'float64' if double else 'float32'} (machine epsilon {eps:.1e})",
+                "the step size would shrink without end",
+                f"rtol>={100.0 * eps:.0e}" + ("" if double else ", or a float64 state (JAX: jax_enable_x64 first)"))
+        out.append(value)
+    if out[0] == 0.0 and isinstance(out[1], float) and out[1] == 0.0:
+        raise ToleranceError("rtol and atol are both zero", "no step could be accepted", "rtol=1e-6")
+    return out[0], out[1]
+
+
+def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: float | None,
+            t1: float | None) -> tuple[int, int]:
+    """Step limit, and how many accepted steps may be recorded where that must be known beforehand."""
+    if max_steps is not None and (isinstance(max_steps, bool) or int(max_steps) != max_steps or max_steps < 1):
+        raise InputError(f"max_steps={max_steps!r} is not a positive integer", "", f"max_steps={MAX_STEPS}")
+    capacity = MAX_RECORDED if max_steps is None else int(max_steps)
+    if not be.traced:
+        capacity = MAX_STEPS if max_steps is None else int(max_steps)
+    limit = MAX_STEPS if max_steps is None else int(max_steps)
+    if not controller.adaptive and t0 is not None and t1 is not None:
+        assert dt is not None
+        needed = max(1, math.ceil(abs(t1 - t0) / dt * (1 - 1e-9)))
+        if max_steps is None:
+            return max(limit, needed), needed
+        return limit, min(capacity, needed)
+    return limit, capacity
+
+
+def _positive(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{name}={value!r} is not a number known before the solve", "", f"{name}=0.01") from e
+    if not number > 0.0 or not math.isfinite(number):
+        raise InputError(f"{name}={number:g} is not positive", "the direction comes from tspan", f"{name}={abs(number) or 0.01:g}")
+    return number
+
+
+def _stops(tstops: Any, t0: float | None, t1: float | None) -> tuple[float, ...]:
+    if tstops is None:
+        return ()
+    stops = sorted(float(t) for t in tstops)
+    if t0 is not None and t1 is not None:
+        for t in stops:
+            if not min(t0, t1) <= t <= max(t0, t1):
+                raise TimesError(f"tstops holds {t:g}, outside tspan=({t0:g}, {t1:g})", "", "leave it out")
+        if t1 < t0:
+            stops.reverse()
+    return tuple(stops)
+
+
+def _progress(progress: Any) -> Any:
+    if not progress:
+        return None
+    if progress is True:
+        from .progress import line
+
+        return line
+    if not callable(progress):
+        raise InputError(f"progress={progress!r} is neither a bool nor callable", "",
+                         "progress=True, or progress=lambda fraction, t: ...")
+    return progress

@@ -1,0 +1,84 @@
+"""Problems: what is to be solved. Immutable; `remake` gives a changed copy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError, SignatureError
+
+
+@dataclass(frozen=True, eq=False)
+class ODEProblem:
+    """Initial value problem `u' = f(t, u, p)`, `u(t0) = u0`.
+
+    Parameters
+    ----------
+    f : callable
+        `f(t, u, p)` returns du/dt with the structure and shapes of `u`. An `nn.Module` or `eqx.Module` will do.
+    u0 : pytree of arrays
+        Initial state; float32 or float64 arrays of any shape.
+    tspan : (t0, t1)
+        Start and end; `t1 < t0` integrates backwards.
+    p : pytree, optional
+        Parameters handed to `f`; leaves that are not floating point pass through undifferentiated.
+    mass_matrix : array, optional
+        `M` in `M u' = f`; the explicit methods refuse it.
+    jac : callable, optional
+        `jac(t, u, p)` = df/du, shape `(n, n)` for a raveled state.
+    jac_sparsity : array, optional
+        Pattern of df/du; information that the explicit methods do not need.
+    vjp : callable, optional
+        `vjp(t, u, p, lam)` -> `(lam @ f_u, lam @ f_p)`, the second with the structure of `p`.
+    jvp : callable, optional
+        `jvp(t, u, p, du, dp)` -> df.
+    paramjac : callable, optional
+        `paramjac(t, u, p)` = df/dp, shape `(n, m)` for raveled state and parameters.
+
+    Raises
+    ------
+    SignatureError
+        `f` is not callable.
+    InputError
+        `tspan` is not a pair.
+    """
+
+    f: Callable[..., Any]
+    u0: Any
+    tspan: tuple[Any, Any]
+    p: Any = None
+    _: dataclasses.KW_ONLY
+    mass_matrix: Any = None
+    jac: Callable[..., Any] | None = None
+    jac_sparsity: Any = None
+    vjp: Callable[..., Any] | None = None
+    jvp: Callable[..., Any] | None = None
+    paramjac: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.f):
+            raise SignatureError(f"f is {type(self.f).__name__}, which cannot be called",
+                                 "the vector field is a function of time, state and parameters",
+                                 "ODEProblem(f, u0, tspan, p) with def f(t, u, p): ...")
+        try:
+            t0, t1 = self.tspan
+        except (TypeError, ValueError):
+            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "", "tspan=(0.0, 10.0)") from None
+        object.__setattr__(self, "tspan", (t0, t1))
+
+    def remake(self, **changes: Any) -> ODEProblem:
+        """A copy with some fields changed: `prob.remake(p=p)`.
+
+        Raises
+        ------
+        InputError
+            A name is not a field of the problem.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}", "",
+                                 f"the fields are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)

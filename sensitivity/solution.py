@@ -1,0 +1,122 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import InputError
+from .integrate import RetCode
+
+__all__ = ["Gradient", "RetCode", "Solution", "Stats"]
+
+
+@dataclass
+class Stats:
+    """Counts of one solve; `stats.nfe` and `stats["nfe"]` are the same.
+
+    Attributes
+    ----------
+    nfe : evaluations of `f`. nvjp : products with its transposed derivatives. njac, nlu, nsolve : Jacobians,
+        factorisations, linear solves. naccept, nreject : accepted and rejected steps.
+    """
+
+    nfe: Any = 0
+    njac: Any = 0
+    nvjp: Any = 0
+    nlu: Any = 0
+    nsolve: Any = 0
+    naccept: Any = 0
+    nreject: Any = 0
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+@dataclass
+class Solution:
+    """The solution of a problem.
+
+    Attributes
+    ----------
+    t : array `(k,)`
+        Times of the rows of `u`.
+    u : pytree of arrays
+        States, in the structure of `u0` with the time axis first.
+    stats : Stats
+    retcode : RetCode
+        An integer array inside `jax.jit`.
+    n_steps : int
+        Accepted steps; with `saveat="steps"` the number of valid rows.
+    prob, alg, sensealg
+        What was solved and how; `sensealg.because` says why `auto` chose it.
+    events : None
+        No events so far.
+    """
+
+    t: Any
+    u: Any
+    stats: Stats
+    retcode: Any
+    n_steps: Any
+    prob: Any = None
+    alg: Any = None
+    sensealg: Any = None
+    events: Any = None
+    dense: Callable[[Any], Any] | None = field(default=None, repr=False)
+
+    @property
+    def success(self) -> Any:
+        return self.retcode == RetCode.Success
+
+    def __call__(self, t: Any) -> Any:
+        """The state at time `t` (a number or a vector of times) from dense output.
+
+        Raises
+        ------
+        InputError
+            The solve was made without `dense=True`.
+        TimesError
+            A time lies outside the span.
+        """
+        if self.dense is None:
+            raise InputError("sol(t) was called on a solution without dense output", "",
+                             "solve(..., dense=True), or saveat=[...] for known times")
+        return self.dense(t)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Plot every component over time with matplotlib; returns the axes.
+
+        Raises
+        ------
+        BackendMissingError
+            matplotlib is not installed.
+        """
+        from .plotting import plot_solution
+
+        return plot_solution(self, ax)
+
+    def __repr__(self) -> str:
+        code = RetCode(int(self.retcode)).name if not hasattr(self.retcode, "aval") else "traced"
+        return (f"Solution(retcode={code}, rows={len(self.t)}, alg={self.alg!r}, sensealg={self.sensealg!r}, "
+                f"stats={self.stats!r})")
+
+
+@dataclass
+class Gradient:
+    """What `gradient` returns: the loss, its derivatives, and how they were made.
+
+    `u0`, `p` have the structures of the problem's; `t0`, `t1` are scalars, `saveat` a vector; what was not asked for
+    in `wrt` is None.
+    """
+
+    value: Any
+    u0: Any
+    p: Any
+    t0: Any
+    t1: Any
+    saveat: Any
+    solution: Solution
+    stats: Stats
+    sensealg: Any

@@ -1,0 +1,140 @@
+"""`solve`: check, choose, run, report."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from .algorithms.base import Aux, Outputs, SensitivityAlgorithm
+from .choose import auto, choose
+from .dense import dense_output
+from .errors import InputError, NumericalDerivativeWarning, SolveError
+from .integrate import RetCode, Run
+from .prepare import prepare
+from .solution import Solution, Stats
+from .system import Inputs
+from .vjp import FiniteDifferenceVJP
+
+
+def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str = "raise", **options: Any) -> Solution:
+    """Solve a problem; the result is differentiable in the framework of its arrays.
+
+    Parameters
+    ----------
+    prob : ODEProblem
+    alg : method, optional
+        `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`; Tsit5 if not given.
+    sensealg : sensitivity algorithm or auto
+        How derivatives are made when they are asked for.
+    saveat : None, array, int or "steps"
+        None: the end only. An array: those times, in the order given. An int N: N equally spaced times, both ends
+        included. "steps": the end of every accepted step (inside `jax.jit` padded with NaN, `sol.n_steps` rows valid).
+    rtol, atol : float or pytree like `u0`
+        Defaults 1e-6 and 1e-9 in float64, 1e-4 and 1e-6 in float32.
+    dt : float
+        The step with `FixedStep`, else the first step to try.
+    max_steps : int
+        Limit on attempted steps, 100000; where steps are recorded on JAX also the size of the record, 4096.
+    dtmin, dtmax, tstops, controller, norm
+        Step control: bounds, times to step on exactly, `PIController()` or `FixedStep()`, error norm of a vector.
+    dense : bool
+        Keep dense output for `sol(t)`.
+    backend, device, dtype
+        Where to compute; by default what the arrays say.
+    progress : bool or callable `(fraction, t)`
+    on_failure : "raise", "nan" or "return"
+        What a failed solve does; inside `jit` and `vmap`, where nothing can be raised, outputs are NaN.
+    probe : "raise", "warn" or "off"
+        The first-call check of `f`.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    SolveError
+        The end was not reached; `retcode`, `t` and `solution` say where it stood.
+    InputError, TimesError, ToleranceError, UnsupportedCombination
+        An argument is wrong; nothing was computed.
+    """
+    if on_failure not in ("raise", "nan", "return"):
+        raise InputError(f"on_failure={on_failure!r} is not one of 'raise', 'nan', 'return'", "", "on_failure='raise'")
+    run, x = prepare_options(prob, alg, options)
+    algorithm, run = choose(run, x, checked(sensealg))
+    out, aux = run.be.attach(algorithm, run, x)
+    return report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+
+
+KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "dtmin", "dtmax", "dense", "backend", "device", "dtype",
+         "progress", "controller", "norm", "tstops", "probe")
+FOREIGN = {"t_eval": "saveat", "ts": "saveat", "method": "alg", "args": "p (in the problem)", "adjoint": "sensealg",
+           "dt0": "dt", "max_step": "dtmax", "stepsize_controller": "controller", "first_step": "dt",
+           "abstol": "atol", "reltol": "rtol", "callback": "events", "dense_output": "dense"}
+
+
+def prepare_options(prob: Any, alg: Any, options: dict[str, Any]) -> tuple[Run, Inputs]:
+    """`prepare` with unknown keywords refused by name."""
+    for name in options:
+        if name not in KNOWN:
+            fix = f"here it is called {FOREIGN[name]}" if name in FOREIGN else f"the keywords are {', '.join(KNOWN)}"
+            raise TypeError(f"solve() got an unexpected keyword {name!r}; {fix}")
+    return prepare(prob, alg, **options)
+
+
+def checked(sensealg: Any) -> Any:
+    if sensealg is auto or isinstance(sensealg, SensitivityAlgorithm):
+        return sensealg
+    if isinstance(sensealg, type):
+        raise InputError(f"sensealg={sensealg.__name__} is a class, not an algorithm", "", f"sensealg={sensealg.__name__}()")
+    raise InputError(f"sensealg={sensealg!r} is not a sensitivity algorithm", "", "sensealg=sa.auto")
+
+
+def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux) -> Solution:
+    """A `Solution` from flat results."""
+    be, layout = run.be, run.field.u
+    u, times = be.trimmed(out.u, aux.ts, aux.accepted) if run.saves == "steps" else (out.u, aux.ts)
+    tree = be.unflatten(layout.structure, layout.unravel(be, u))
+    stats = Stats(nfe=aux.nfe, naccept=aux.accepted, nreject=aux.rejected)
+    code = be.concrete(aux.status)
+    retcode = aux.status if code is None else RetCode(int(code))
+    dense = dense_output(run, x, out, aux) if run.dense else None
+    return Solution(be.time_vector(times, x.u0), tree, stats, retcode, aux.accepted, prob, run.method, algorithm, None,
+                    dense)
+
+
+def report(sol: Solution, run: Run, aux: Aux, on_failure: str) -> Solution:
+    """Raise, or mark the outputs, if the solve failed; warn if derivatives are numerical without having been asked for."""
+    be = run.be
+    if on_failure != "return":
+        code = be.concrete(aux.status)
+        if code is not None and code != RetCode.Success and on_failure == "raise":
+            raise failure(sol, run, aux, RetCode(int(code)))
+        if code is None or code != RetCode.Success:
+            leaves, structure = be.flatten(sol.u)
+            sol.u = be.unflatten(structure, [be.nan_where(aux.status != int(RetCode.Success), v) for v in leaves])
+    return sol
+
+
+def warn_numerical(algorithm: Any) -> None:
+    """Say once per call site that `auto` fell back on differences."""
+    if algorithm.because and isinstance(algorithm.vjp, FiniteDifferenceVJP):
+        warnings.warn(f"derivatives of f are {algorithm.because[-1]}", NumericalDerivativeWarning, stacklevel=4)
+
+
+def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
+    """The error that says where a solve stood."""
+    t, h, ratio = (float(run.be.concrete(v) or 0.0) for v in (aux.t, aux.h, aux.ratio))
+    t1 = run.problem.tspan[1]
+    steps = f"{int(run.be.concrete(aux.accepted) or 0)} accepted steps"
+    where = f"at t={t:.6g} of {float(t1):g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
+    what, why, fix = {
+        RetCode.MaxSteps: (
+            f"max_steps={min(run.max_steps, run.capacity)} reached {where}", f"the problem may be stiff for {run.method.name}, an explicit method",
+            "max_steps= larger, looser tolerances, or rescale the problem"),
+        RetCode.DtMin: (f"the step size became too small {where}", "the solution may blow up there, or f jump",
+                        "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
+        RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
+                            "check f there (negative values under log or sqrt, division by zero)"),
+    }[code]
+    return SolveError(what, why, fix, code, t, sol)

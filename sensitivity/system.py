@@ -1,0 +1,120 @@
+"""The user's vector field as a function of flat vectors; the only caller of user code inside a solve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .backend import Array, Backend, Tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pytree of arrays lies in one vector."""
+
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(s) for s in self.shapes)
+
+    def ravel(self, be: Backend, leaves: Sequence[Array], batch: int = 0) -> Array:
+        """One vector from leaves; the first `batch` axes are kept."""
+        xp = be.xp
+        flat = [x if x.ndim == batch + 1 else xp.reshape(x, (*x.shape[:batch], -1)) for x in leaves]
+        return flat[0] if len(flat) == 1 else xp.concat(flat, axis=batch)
+
+    def unravel(self, be: Backend, vector: Array) -> list[Array]:
+        """Leaves from a vector; leading axes beyond the last one are kept."""
+        lead = tuple(vector.shape[:-1])
+        if len(self.shapes) == 1:
+            return [vector if len(self.shapes[0]) == 1 else be.xp.reshape(vector, lead + self.shapes[0])]
+        leaves, start = [], 0
+        for shape in self.shapes:
+            stop = start + math.prod(shape)
+            leaves.append(be.xp.reshape(vector[..., start:stop], lead + shape))
+            start = stop
+        return leaves
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which leaves of `p` are differentiable arrays, other arrays, and plain objects."""
+
+    structure: Any
+    roles: tuple[str, ...]
+    objects: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, be: Backend, tree: Tree) -> tuple[Partition, tuple[Array, ...], tuple[Array, ...]]:
+        """`(partition, differentiable arrays, other arrays)`; Python floats count as arrays."""
+        leaves, structure = be.flatten(tree)
+        roles, objects, theta, constants = [], [], [], []
+        for x in leaves:
+            if isinstance(x, float | complex) and not be.is_array(x):
+                x = be.asarray(x, dtype=be.default_float() if isinstance(x, float) else None)
+            if not be.is_array(x):
+                roles.append("object")
+                objects.append(x)
+            elif be.is_float(x):
+                roles.append("theta")
+                theta.append(x)
+            else:
+                roles.append("constant")
+                constants.append(x)
+        return cls(structure, tuple(roles), tuple(objects)), tuple(theta), tuple(constants)
+
+    def join(self, be: Backend, theta: Sequence[Any], constants: Sequence[Any]) -> Tree:
+        sources = {"theta": iter(theta), "constant": iter(constants), "object": iter(self.objects)}
+        return be.unflatten(self.structure, [next(sources[r]) for r in self.roles])
+
+    @property
+    def count(self) -> int:
+        return self.roles.count("theta")
+
+
+class Inputs(NamedTuple):
+    """Everything arrays of one solve; the first five groups are differentiable.
+
+    `theta` holds the differentiable leaves of `p`, then what `f` closes over.
+    """
+
+    u0: Array
+    theta: tuple[Array, ...]
+    t0: Any
+    t1: Any
+    saveat: Any
+    constants: tuple[Array, ...]
+    rtol: Any
+    atol: Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """`f` on flat vectors: `field.bind(be, theta, constants)` gives `rhs(t, u) -> du`."""
+
+    f: Callable[..., Any]
+    u: Layout
+    p: Partition
+
+    def bind(self, be: Backend, theta: tuple[Array, ...], constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
+        k = self.p.count
+        p, captured, f = self.p.join(be, theta[:k], constants), theta[k:], self.f
+        if len(self.u.shapes) == 1:
+            (shape,) = self.u.shapes
+            if self._bare(be):
+                if len(shape) == 1:
+                    return (lambda t, u: f(t, u, p, *captured)) if captured else (lambda t, u: f(t, u, p))
+                reshape = be.xp.reshape
+                return lambda t, u: reshape(f(t, reshape(u, shape), p, *captured), (-1,))
+        structure = self.u.structure
+        return lambda t, u: self.u.ravel(
+            be, be.flatten(f(t, be.unflatten(structure, self.u.unravel(be, u)), p, *captured))[0])
+
+    def _bare(self, be: Backend) -> bool:
+        """Whether the state is one array, not a container."""
+        marker = object()
+        return be.unflatten(self.u.structure, [marker]) is marker

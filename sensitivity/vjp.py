@@ -1,0 +1,240 @@
+"""How products with the derivatives of `f` are made: `pullback` for reverse mode, `pushforward` for forward mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .backend import Array
+from .errors import UnsupportedCombination
+from .integrate import Run
+from .system import Inputs
+
+Pull = Callable[[Any, Array, Array], tuple[Array, tuple[Array, ...], Any]]
+Push = Callable[[Any, Array, Array, Any], tuple[Array, Array]]
+
+
+def _bound(run: Run, x: Inputs) -> Callable[[tuple[Array, ...]], Callable]:
+    return lambda theta: run.field.bind(run.be, theta, x.constants)
+
+
+@dataclass(frozen=True)
+class VJP:
+    """Base of the VJP choices."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def missing(self, be: Any, problem: Any) -> str | None:
+        """Why this choice cannot serve here, or None."""
+        return None
+
+    def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
+        """`pull(t, u, ct) -> (f_u^T ct, f_p^T ct, f_t . ct)`; the last is 0.0 unless `time`, the second () unless
+        `params`."""
+        raise NotImplementedError
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        """`push(t, u, du, dt) -> (f, f_u du + f_p d_theta + f_t dt)`, one row per direction."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReverseVJP(VJP):
+    """The framework's reverse mode (and its forward mode for tangents).
+
+    Parameters
+    ----------
+    compile : bool
+        Ask the backend to compile the product where it can do so separately; JAX always compiles.
+    """
+
+    compile: bool = False
+
+    def missing(self, be: Any, problem: Any) -> str | None:
+        return None if "reverse" in be.modes else f"the {be.name} backend has no reverse-mode AD" + be.how_to_get_ad
+
+    def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
+        return run.be.vjp(_bound(run, x), x.theta, time=time, params=params)
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        return run.be.jvp(_bound(run, x), x.theta, d_theta)
+
+
+class _Columns(VJP):
+    """Reverse products from forward ones: `f_x^T ct` entry by entry, one direction per input."""
+
+    def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
+        be = run.be
+        n = run.field.u.size
+        theta = x.theta if params else ()
+        sizes = [math.prod(v.shape) for v in theta]
+        m = n + sum(sizes) + time
+        du = be.unit_rows(m, n, 0, x.u0)
+        seeds, start = [], n
+        for v, size in zip(theta, sizes, strict=True):
+            seeds.append(be.xp.reshape(be.unit_rows(m, size, start, v), (m, *v.shape)))
+            start += size
+        d_theta = tuple(seeds) if params else tuple(
+            be.xp.reshape(be.unit_rows(m, math.prod(v.shape), m, v), (m, *v.shape)) for v in x.theta)
+        dt = be.unit_rows(m, 1, m - 1, x.u0)[:, 0] if time else None
+        push = self.pushforward(run, x, d_theta)
+
+        def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
+            _, df = push(t, u, du, dt)
+            g = df @ ct
+            parts, at = [], n
+            for v, size in zip(theta, sizes, strict=True):
+                parts.append(be.xp.astype(be.xp.reshape(g[at:at + size], v.shape), v.dtype))
+                at += size
+            return g[:n], tuple(parts), be.scalar(g[m - 1]) if time else 0.0
+
+        return pull
+
+
+@dataclass(frozen=True)
+class ForwardVJP(_Columns):
+    """Columns of the Jacobians by the framework's forward mode; for few inputs, or where reverse mode fails."""
+
+    def missing(self, be: Any, problem: Any) -> str | None:
+        return None if "forward" in be.modes else f"the {be.name} backend has no forward-mode AD" + be.how_to_get_ad
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        return run.be.jvp(_bound(run, x), x.theta, d_theta)
+
+
+@dataclass(frozen=True)
+class FiniteDifferenceVJP(_Columns):
+    """Central differences, step `eps^(1/3) max(1, |x|)`: about ten correct digits in float64, four in float32."""
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        be, bound = run.be, _bound(run, x)
+        rhs = bound(x.theta)
+        step = be.eps(x.u0.dtype) ** (1 / 3)
+
+        def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
+            rows = []
+            for i in range(du.shape[0]):
+                d = (du[i, :], *(v[i, ...] for v in d_theta))
+                e = step * _scale(be, (u, *x.theta), d)
+                d_t = 0.0 if dt is None else dt[i]
+                plus = bound(tuple(v + e * dv for v, dv in zip(x.theta, d[1:], strict=True)))
+                minus = bound(tuple(v - e * dv for v, dv in zip(x.theta, d[1:], strict=True)))
+                t_plus, t_minus = (t, t) if dt is None else (t + e * d_t, t - e * d_t)
+                rows.append((plus(t_plus, u + e * d[0]) - minus(t_minus, u - e * d[0])) / (2.0 * e))
+            return rhs(t, u), be.xp.stack(rows)
+
+        return push
+
+
+@dataclass(frozen=True)
+class ComplexStepVJP(_Columns):
+    """`Im f(x + i e d) / e` with `e = 1e-30`: exact to round-off for an analytic `f` written without branches, `abs`
+    or conjugation (Squire, Trapp 1998)."""
+
+    def missing(self, be: Any, problem: Any) -> str | None:
+        return None if be.complex else f"the {be.name} backend has no complex numbers"
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        be, bound = run.be, _bound(run, x)
+        if be.is_complex(x.u0):
+            raise UnsupportedCombination("ComplexStepVJP cannot differentiate a complex state",
+                                         "the imaginary part carries the derivative", "vjp=ReverseVJP()")
+        rhs = bound(x.theta)
+        e = 1e-30
+
+        def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
+            rows = []
+            for i in range(du.shape[0]):
+                moved = bound(tuple(v + (1j * e) * dv[i, ...] for v, dv in zip(x.theta, d_theta, strict=True)))
+                t_i = t if dt is None else t + (1j * e) * dt[i]
+                rows.append(be.xp.imag(moved(t_i, u + (1j * e) * du[i, :])) / e)
+            return rhs(t, u), be.xp.stack(rows)
+
+        return push
+
+
+@dataclass(frozen=True)
+class UserVJP(VJP):
+    """Products given with the problem: `vjp` (or `jac` and `paramjac`) and `jvp`."""
+
+    def missing(self, be: Any, problem: Any) -> str | None:
+        if problem.vjp is not None or (problem.jac is not None and (problem.paramjac is not None or problem.p is None)):
+            return None
+        return "the problem carries neither vjp nor jac and paramjac"
+
+    def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
+        be, prob, field = run.be, run.problem, run.field
+        if field.p.count != len(x.theta):
+            raise UnsupportedCombination("UserVJP cannot reach what f closes over",
+                                         "the problem's vjp covers u and p only", "pass these values through p")
+        p = field.p.join(be, x.theta, x.constants)
+        in_time = FiniteDifferenceVJP().pullback(run, x, time=True, params=False) if time else None
+
+        def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
+            state = be.unflatten(field.u.structure, field.u.unravel(be, u))
+            if prob.vjp is not None:
+                lam = be.unflatten(field.u.structure, field.u.unravel(be, ct))
+                u_bar, p_bar = prob.vjp(t, state, p, lam)
+                u_bar = field.u.ravel(be, be.flatten(u_bar)[0])
+                theta_bar = tuple(v for v, r in zip(be.flatten(p_bar)[0], field.p.roles, strict=True) if r == "theta")
+            else:
+                u_bar = ct @ prob.jac(t, state, p)
+                theta_bar = be.split(ct @ prob.paramjac(t, state, p), x.theta) if x.theta else ()
+            return u_bar, theta_bar if params else (), in_time(t, u, ct)[2] if in_time else 0.0
+
+        return pull
+
+    def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
+        be, prob, field = run.be, run.problem, run.field
+        rhs = field.bind(be, x.theta, x.constants)
+        p = field.p.join(be, x.theta, x.constants)
+        numeric = FiniteDifferenceVJP().pushforward(run, x, be.zeros(d_theta))
+
+        def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
+            f = rhs(t, u)
+            state = be.unflatten(field.u.structure, field.u.unravel(be, u))
+            m = du.shape[0]
+            if prob.jvp is not None:
+                rows = []
+                for i in range(m):
+                    d_state = be.unflatten(field.u.structure, field.u.unravel(be, du[i, :]))
+                    d_p = field.p.join(be, [v[i, ...] for v in d_theta], x.constants)
+                    rows.append(field.u.ravel(be, be.flatten(prob.jvp(t, state, p, d_state, d_p))[0]))
+                df = be.xp.stack(rows)
+            elif prob.jac is not None:
+                df = du @ prob.jac(t, state, p).T
+                if d_theta:
+                    flat = be.xp.concat([be.xp.reshape(v, (m, -1)) for v in d_theta], axis=1)
+                    df = df + flat @ prob.paramjac(t, state, p).T
+            else:
+                df = _rows(be, self.pullback(run, x), t, u, du, d_theta)
+            if dt is not None:
+                df = df + numeric(t, u, 0.0 * du, dt)[1]
+            return f, df
+
+        return push
+
+
+def _rows(be: Any, pull: Pull, t: Any, u: Array, du: Array, d_theta: tuple[Array, ...]) -> Array:
+    """Forward products from reverse ones: one pullback per output."""
+    columns = []
+    for j in range(u.shape[0]):
+        u_bar, theta_bar, _ = pull(t, u, be.unit_rows(1, u.shape[0], -j, u)[0, :])
+        column = du @ u_bar
+        for d, bar in zip(d_theta, theta_bar, strict=True):
+            column = column + be.xp.reshape(d, (d.shape[0], -1)) @ be.xp.reshape(bar, (-1,))
+        columns.append(column)
+    return be.xp.stack(columns, axis=1)
+
+
+def _scale(be: Any, values: tuple[Array, ...], d: tuple[Array, ...]) -> Any:
+    """`max(1, |x . d| / d . d) / |d|`: for a unit direction `max(1, |x_j|)`."""
+    xp = be.xp
+    along = sum(be.scalar(xp.sum(v * w)) for v, w in zip(values, d, strict=True))
+    length = sum(be.scalar(xp.sum(w * w)) for w in d)
+    length = be.choose(length > 0.0, length, 1.0)
+    return be.greatest(1.0, abs(along) / length) / length**0.5
