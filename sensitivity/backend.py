@@ -185,8 +185,8 @@ class Loops:
     def scan(self, body: Callable, state: Any, xs: tuple[Any, ...]) -> tuple[Any, list[Any]]:
         """Fold `state, y = body(state, x)` over sequences of one known length; returns the list or array of `y`."""
         ys = []
-        for x in zip(*xs, strict=True):
-            state, y = body(state, x)
+        for n in range(len(xs[0])):
+            state, y = body(state, tuple(x[n, ...] if self.is_array(x) else x[n] for x in xs))
             ys.append(y)
         return state, ys
 
@@ -195,12 +195,18 @@ class Loops:
         del capacity
         return _Store()
 
-    def sampler(self, interpolate: Callable, ts: Any, u0: Array, direction: Scalar, capacity: int) -> Any:
+    def reopen(self, log: Any, stages: Callable[[Record], Array]) -> Any:
+        """A stored log ready for use; `stages(record)` remakes the stages where they were too big to keep."""
+        del stages
+        return log
+
+    def sampler(self, interpolate: Callable, ts: Any, u0: Array, direction: Scalar, capacity: int,
+                stages: Callable[[Record], Array]) -> Any:
         """A sink that keeps only the states at times `ts`; its result has shape `(len(ts), n)`.
 
-        `interpolate(record, ts)` evaluates the dense output of one step at several times.
+        `interpolate(record, ts)` evaluates the dense output of one step at several times; `stages` as in `reopen`.
         """
-        del capacity
+        del capacity, stages
         return _Sampler(self, interpolate, ts, u0, direction)
 
     def recursion(self, a: Sequence, base: Array, scale: Scalar, xs: tuple[Sequence, ...], row: Callable,

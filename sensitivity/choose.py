@@ -41,7 +41,7 @@ def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
     if vjp is None or vjp is auto:
         vjp, reason = choose_vjp(run, x)
         because += (reason,)
-    elif missing := vjp.missing(run.be, run.problem):
+    elif missing := vjp.missing(run):
         raise UnsupportedCombination(f"{vjp.name} cannot be used: {missing}", "",
                                      "vjp=FiniteDifferenceVJP() serves any f; vjp=auto chooses")
     run = replace(run, vjp=vjp)
@@ -52,9 +52,9 @@ def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
 def choose_vjp(run: Run, x: Inputs) -> tuple[VJP, str]:
     """The first of: the user's products, the framework's reverse mode, differences."""
     be, user, reverse = run.be, UserVJP(), ReverseVJP()
-    if user.missing(be, run.problem) is None and run.field.p.count == len(x.theta):
+    if user.missing(run) is None and run.field.p.count == len(x.theta):
         return user, "the problem carries its own derivatives"
-    missing = reverse.missing(be, run.problem)
+    missing = reverse.missing(run)
     if missing is None and be.opaque:
         missing = _disagreement(run, x)
     if missing is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .backend import Array, Record, Scalar
 from .methods import RungeKutta, step
-from .system import Field
+from .system import Field, Products
 from .tableaus import Tableau
 
 
@@ -37,7 +37,7 @@ class Run:
     method: RungeKutta
     controller: Any
     vjp: Any
-    problem: Any
+    products: Products
     saves: Any
     dense: bool
     dt: float | None

@@ -84,6 +84,15 @@ def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Arr
     return (u1 if tab.fsal else be.combine(u, h, tab.b, K)), K
 
 
+def restage(be: Any, tab: Tableau, rhs: Any) -> Any:
+    """`record -> K`: the stages of a recorded step once more."""
+    def stages(record: Record) -> Array:
+        t, h, u, _ = record
+        return step(be, tab, rhs, t, h, u, rhs(be.time(t), u) if tab.fsal else None)[1]
+
+    return stages
+
+
 def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
              state: Adjoint) -> Adjoint:
     """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.

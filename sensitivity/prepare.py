@@ -12,7 +12,7 @@ from .integrate import Run
 from .methods import RungeKutta, Tsit5
 from .problems import ODEProblem
 from .registry import registry
-from .system import Field, Inputs, Layout, Partition
+from .system import Field, Inputs, Layout, Partition, Products
 
 MAX_STEPS = 100_000
 MAX_RECORDED = 4096
@@ -68,7 +68,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1)
     run = Run(
         be=be, backend=be.name, field=Field(f, u_layout, partition), method=method, controller=controller, vjp=None,
-        problem=prob, saves=saves, dense=bool(dense), dt=dt, dtmin=_positive("dtmin", dtmin),
+        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt, dtmin=_positive("dtmin", dtmin),
         dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1), max_steps=max_steps, capacity=capacity,
         norm=norm, progress=_progress(progress),
     )

@@ -125,7 +125,7 @@ def warn_numerical(algorithm: Any) -> None:
 def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     """The error that says where a solve stood."""
     t, h, ratio = (float(run.be.concrete(v) or 0.0) for v in (aux.t, aux.h, aux.ratio))
-    t1 = run.problem.tspan[1]
+    t1 = sol.prob.tspan[1]
     steps = f"{int(run.be.concrete(aux.accepted) or 0)} accepted steps"
     where = f"at t={t:.6g} of {float(t1):g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
     what, why, fix = {

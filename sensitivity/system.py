@@ -76,6 +76,16 @@ class Partition:
         return self.roles.count("theta")
 
 
+@dataclass(frozen=True)
+class Products:
+    """Derivatives that the user gave with the problem; see `ODEProblem`."""
+
+    vjp: Callable[..., Any] | None = None
+    jvp: Callable[..., Any] | None = None
+    jac: Callable[..., Any] | None = None
+    paramjac: Callable[..., Any] | None = None
+
+
 class Inputs(NamedTuple):
     """Everything arrays of one solve; the first five groups are differentiable.
 

@@ -28,7 +28,7 @@ class VJP:
     def name(self) -> str:
         return type(self).__name__
 
-    def missing(self, be: Any, problem: Any) -> str | None:
+    def missing(self, run: Run) -> str | None:
         """Why this choice cannot serve here, or None."""
         return None
 
@@ -54,7 +54,8 @@ class ReverseVJP(VJP):
 
     compile: bool = False
 
-    def missing(self, be: Any, problem: Any) -> str | None:
+    def missing(self, run: Run) -> str | None:
+        be = run.be
         return None if "reverse" in be.modes else f"the {be.name} backend has no reverse-mode AD" + be.how_to_get_ad
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
@@ -99,7 +100,8 @@ class _Columns(VJP):
 class ForwardVJP(_Columns):
     """Columns of the Jacobians by the framework's forward mode; for few inputs, or where reverse mode fails."""
 
-    def missing(self, be: Any, problem: Any) -> str | None:
+    def missing(self, run: Run) -> str | None:
+        be = run.be
         return None if "forward" in be.modes else f"the {be.name} backend has no forward-mode AD" + be.how_to_get_ad
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
@@ -135,8 +137,8 @@ class ComplexStepVJP(_Columns):
     """`Im f(x + i e d) / e` with `e = 1e-30`: exact to round-off for an analytic `f` written without branches, `abs`
     or conjugation (Squire, Trapp 1998)."""
 
-    def missing(self, be: Any, problem: Any) -> str | None:
-        return None if be.complex else f"the {be.name} backend has no complex numbers"
+    def missing(self, run: Run) -> str | None:
+        return None if run.be.complex else f"the {run.be.name} backend has no complex numbers"
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         be, bound = run.be, _bound(run, x)
@@ -161,13 +163,14 @@ class ComplexStepVJP(_Columns):
 class UserVJP(VJP):
     """Products given with the problem: `vjp` (or `jac` and `paramjac`) and `jvp`."""
 
-    def missing(self, be: Any, problem: Any) -> str | None:
-        if problem.vjp is not None or (problem.jac is not None and (problem.paramjac is not None or problem.p is None)):
+    def missing(self, run: Run) -> str | None:
+        given = run.products
+        if given.vjp is not None or (given.jac is not None and (given.paramjac is not None or not run.field.p.count)):
             return None
         return "the problem carries neither vjp nor jac and paramjac"
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
-        be, prob, field = run.be, run.problem, run.field
+        be, prob, field = run.be, run.products, run.field
         if field.p.count != len(x.theta):
             raise UnsupportedCombination("UserVJP cannot reach what f closes over",
                                          "the problem's vjp covers u and p only", "pass these values through p")
@@ -189,7 +192,7 @@ class UserVJP(VJP):
         return pull
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
-        be, prob, field = run.be, run.problem, run.field
+        be, prob, field = run.be, run.products, run.field
         rhs = field.bind(be, x.theta, x.constants)
         p = field.p.join(be, x.theta, x.constants)
         numeric = FiniteDifferenceVJP().pushforward(run, x, be.zeros(d_theta))

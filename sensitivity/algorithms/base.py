@@ -15,6 +15,7 @@ from ..backend import Array, Scalar
 from ..errors import UnsupportedCombination
 from ..integrate import Run, Span, State, evaluations, integrate, span
 from ..interpolate import interpolant
+from ..methods import restage
 from ..system import Inputs
 
 
@@ -144,9 +145,12 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if keep or run.dense or run.saves == "steps":
         sink = be.store(run.capacity)
     elif timed:
-        sink = be.sampler(interpolant(be, tab), ts, x.u0, s.direction, run.capacity)
+        sink = be.sampler(interpolant(be, tab), ts, x.u0, s.direction, run.capacity, restage(be, tab, rhs))
     end, kept = integrate(run, tab, rhs, s, x.u0, x.rtol, x.atol, sink=sink,
                           limit=None if sink is None else run.capacity)
+    log = kept
+    if keep or run.dense:
+        kept = be.reopen(kept, restage(be, tab, rhs))
     if timed:
         u = kept
         if keep or run.dense:
@@ -161,7 +165,14 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         times, sizes, nodes, stages = be.stacked(kept)
         mesh = (times, sizes)
     aux = Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, tab, end), end.status, end.ratio, end.h, mesh)
-    return Outputs(u, nodes, stages), aux, Solved(x, kept if keep or run.dense else None, end)
+    return Outputs(u, nodes, stages), aux, Solved(x, log if keep or run.dense else None, end)
+
+
+def opened(run: Run, solved: Solved) -> Solved:
+    """What the forward solve left, with the stages of its steps within reach."""
+    x = solved.x
+    stages = restage(run.be, run.tableau, run.field.bind(run.be, x.theta, x.constants))
+    return solved._replace(log=run.be.reopen(solved.log, stages))
 
 
 def fold_times(run: Run, ts_bar: Any, t0_bar: Scalar, t1_bar: Scalar) -> tuple[Scalar, Scalar]:
@@ -187,4 +198,4 @@ def unsupported(algorithm: str, cause: str, instead: str) -> UnsupportedCombinat
 
 
 __all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "fold_times", "fractions",
-           "outputs", "replace", "save_times", "size_of", "solve_forward", "times_wanted", "unsupported"]
+           "opened", "outputs", "replace", "save_times", "size_of", "solve_forward", "times_wanted", "unsupported"]

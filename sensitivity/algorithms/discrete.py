@@ -44,7 +44,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, tab = run.be, run.tableau
-        x, log, end = residuals
+        x, log, end = base.opened(run, residuals)
         time, params = base.times_wanted(wanted), "theta" in wanted and bool(x.theta)
         s = span(be, x.t0, x.t1)
         pull = run.vjp.pullback(run, x, time=time, params=params)
@@ -83,7 +83,7 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
     """Push directions through the accepted steps of a solve: `(m, k, n)` at its outputs."""
     be, tab = run.be, run.tableau
     xp = be.xp
-    x, log, end = solved
+    x, log, end = base.opened(run, solved)
     m, n = d.u0.shape
     timed = run.saves not in (None, "steps")
     moving = not (d.t0 is None and d.t1 is None and d.saveat is None)

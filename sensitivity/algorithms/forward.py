@@ -14,20 +14,21 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array
 from ..integrate import Run, evaluations, integrate, span
 from ..interpolate import interpolant
+from ..methods import restage
 from ..system import Inputs
 from . import base
 from .discrete import save_time_tangents
 
 
 class Columns(NamedTuple):
-    """Forward sensitivities at the save times `(k, m, n)`, the state's slope there, and what the columns mean."""
+    """Derivatives of the saved states, `(k, m_x, n)` for each input asked for, and the slopes there, `(k, n)`."""
 
     x: Inputs
-    S: Array
+    u0: Array | None
+    theta: Array | None
+    t0: Array | None
     speed: Array | None
-    nfe: Any
     status: Any
-    wanted: Any
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         sink = None
         if run.saves is not None:
-            sink = be.sampler(interpolant(be, tab), ts, z0, s.direction, run.capacity)
+            sink = be.sampler(interpolant(be, tab), ts, z0, s.direction, run.capacity, restage(be, tab, augmented))
         end, rows = integrate(run, tab, augmented, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm,
                               limit=None if sink is None else run.capacity)
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
@@ -78,24 +79,24 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None)
-        return base.Outputs(u, None, None), aux, Columns(x, S, speed, nfe, end.status, parts)
+        pieces, start = {}, 0
+        for name, size in parts:
+            pieces[name] = S[:, start:start + size, :]
+            start += size
+        columns = Columns(x, pieces.get("u0"), pieces.get("theta"), pieces.get("t0"), speed, end.status)
+        return base.Outputs(u, None, None), aux, columns
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, xp = run.be, run.be.xp
-        x, S, speed, _, status, parts = residuals
-        k, m, n = S.shape
-        g = xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)) @ xp.reshape(ct.u, (k * n,))
-        u0, theta, t0 = 0.0 * x.u0, be.zeros(x.theta), 0.0
-        start = 0
-        for name, size in parts:
-            piece = g[start:start + size]
-            start += size
-            if name == "u0":
-                u0 = piece
-            elif name == "theta":
-                theta = be.split(piece, x.theta)
-            else:
-                t0 = be.scalar(piece[0])
+        x, S_u0, S_theta, S_t0, speed, status = residuals
+
+        def pulled(S: Array) -> Array:
+            k, m, n = S.shape
+            return xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)) @ xp.reshape(ct.u, (k * n,))
+
+        u0 = 0.0 * x.u0 if S_u0 is None else pulled(S_u0)
+        theta = be.zeros(x.theta) if S_theta is None else be.split(pulled(S_theta), x.theta)
+        t0 = 0.0 if S_t0 is None else be.scalar(pulled(S_t0)[0])
         t1, ts_bar = 0.0, None
         if speed is not None:
             moves = be.scalars(xp.sum(ct.u * speed, axis=1))
@@ -107,26 +108,28 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         return base.Cotangents(u0, theta if "theta" in wanted else (), t0, t1, ts_bar, 0, 0, status)
 
     def tangent(self, run: Run, residuals: Columns, d: base.Tangents) -> Array:
-        be, xp = run.be, run.be.xp
-        _, S, speed, _, _, parts = residuals
-        k, m, n = S.shape
+        xp = run.be.xp
+        _, S_u0, S_theta, S_t0, speed, _ = residuals
         rows = d.u0.shape[0]
-        coefficients = []
-        for name, _ in parts:
-            if name == "u0":
-                coefficients.append(d.u0)
-            elif name == "theta":
-                coefficients += [xp.reshape(v, (rows, -1)) for v in d.theta]
-            else:
-                coefficients.append(0.0 * d.u0[:, :1] if d.t0 is None else d.t0[:, None])
-        c = xp.concat(coefficients, axis=1)
-        du = xp.reshape(c @ xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)), (rows, k, n))
-        if speed is None:
-            return du
-        zero = 0.0 * d.u0[:, 0]
-        dt0, dt1 = zero if d.t0 is None else d.t0, zero if d.t1 is None else d.t1
-        ds = dt1[:, None] if run.saves is None else save_time_tangents(run, d, dt0, dt1)
-        return du + ds[:, :, None] * speed[None, :, :]
+
+        def pushed(c: Array, S: Array) -> Array:
+            k, m, n = S.shape
+            return xp.reshape(c @ xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)), (rows, k, n))
+
+        terms = []
+        if S_u0 is not None:
+            terms.append(pushed(d.u0, S_u0))
+        if S_theta is not None:
+            flat = [xp.reshape(v, (rows, -1)) for v in d.theta]
+            terms.append(pushed(xp.concat(flat, axis=1), S_theta))
+        if S_t0 is not None and d.t0 is not None:
+            terms.append(pushed(d.t0[:, None], S_t0))
+        if speed is not None:
+            zero = 0.0 * d.u0[:, 0]
+            dt0, dt1 = zero if d.t0 is None else d.t0, zero if d.t1 is None else d.t1
+            ds = dt1[:, None] if run.saves is None else save_time_tangents(run, d, dt0, dt1)
+            terms.append(ds[:, :, None] * speed[None, :, :])
+        return sum(terms[1:], terms[0])
 
 
 def _parts(x: Inputs, wanted: frozenset[str]) -> tuple[tuple[str, int], ...]:

@@ -61,7 +61,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, xp = run.be, run.be.xp
         run = _dense(run)
-        x, log, end = residuals
+        x, log, end = base.opened(run, residuals)
         n = x.u0.shape[0]
         params = "theta" in wanted and bool(x.theta)
         s = span(be, x.t0, x.t1)

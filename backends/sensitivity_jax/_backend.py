@@ -1,0 +1,232 @@
+"""JAX: a solve is one compiled loop, differentiable through `custom_jvp` and a transposable tangent."""
+
+import dataclasses
+import math
+
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.core import trace_state_clean
+
+from sensitivity.backend import Backend
+
+from ._attach import attached, plain, task
+from ._loops import BoundedLoops, JaxLoops
+
+
+class Closed(NamedTuple):
+    """`f` with time in the state's precision and the result in the state's dtype; equal for equal `f`."""
+
+    f: Any
+
+    def __call__(self, t, u, p, *captured):
+        return _shaped(self.f, t, u, p)
+
+
+class ModuleField(NamedTuple):
+    """A callable pytree whose arrays were taken out."""
+
+    structure: Any
+    rest: tuple
+
+    def __call__(self, t, u, p, *captured):
+        arrays = iter(captured)
+        leaves = [next(arrays) if kept is None else kept for kept in self.rest]
+        return _shaped(jax.tree.unflatten(self.structure, leaves), t, u, p)
+
+
+def _shaped(f, t, u, p):
+    leaves = jax.tree.leaves(u)
+    kind = leaves[0].dtype
+    time_kind = kind if jnp.iscomplexobj(t) else jnp.finfo(kind).dtype
+    out = f(jnp.asarray(t, time_kind), u, p)
+    return jax.tree.map(lambda x: jnp.asarray(x, kind), out)
+
+
+class JaxBackend(JaxLoops, Backend):
+    name = "jax"
+    modes = frozenset({"reverse", "forward"})
+    xp = jnp
+
+    def __init__(self):
+        self._through = None
+
+    def flatten(self, tree):
+        leaves, structure = jax.tree.flatten(tree)
+        fresh = {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)}
+        if not fresh:
+            return leaves, structure
+        for cls in fresh:
+            jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls)], [])
+        return self.flatten(tree)
+
+    def unflatten(self, structure, leaves):
+        return jax.tree.unflatten(structure, leaves)
+
+    def asarray(self, x, dtype=None, device=None):
+        return jnp.asarray(x, dtype=dtype, device=device)
+
+    def default_float(self):
+        return jnp.result_type(float)
+
+    def is_array(self, x):
+        return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+    def is_float(self, x):
+        return jnp.issubdtype(x.dtype, jnp.inexact)
+
+    def is_complex(self, x):
+        return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+    def eps(self, dtype):
+        return float(jnp.finfo(dtype).eps)
+
+    def real_dtype(self, dtype):
+        return jnp.finfo(dtype).dtype
+
+    def device(self, x):
+        return None
+
+    def scalar(self, x):
+        return jnp.asarray(x)
+
+    def scalars(self, ts):
+        return jnp.stack(ts) if isinstance(ts, list) else jnp.asarray(ts)
+
+    def concrete(self, x):
+        try:
+            return float(x)
+        except (jax.errors.ConcretizationTypeError, TypeError):
+            return None
+
+    def concrete_times(self, ts):
+        try:
+            return np.asarray(ts).tolist()
+        except jax.errors.TracerArrayConversionError:
+            return None
+
+    def time_vector(self, ts, like):
+        return jnp.stack(ts) if isinstance(ts, list) else jnp.asarray(ts)
+
+    def time(self, t):
+        return jnp.asarray(t)
+
+    def times(self, t, h, c):
+        return t + h * jnp.asarray(np.array(c), jnp.result_type(t))
+
+    def vector(self, xs, like):
+        xs = jnp.stack([jnp.asarray(x) for x in xs]) if isinstance(xs, list | tuple) else jnp.asarray(xs)
+        return xs.astype(like.dtype)
+
+    def unit_rows(self, m, n, start, like):
+        return jnp.eye(m, n, k=-start, dtype=like.dtype)
+
+    def dot(self, a, b):
+        return jnp.vdot(a, b, precision="highest")
+
+    def rms(self, x):
+        if not x.shape[0]:
+            return jnp.zeros(())
+        return lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.real(x * jnp.conj(x)))))
+
+    def nan_where(self, bad, x):
+        return x * jnp.where(bad, jnp.nan, 1.0).astype(jnp.finfo(x.dtype).dtype)
+
+    def padded(self, v, size):
+        return jnp.pad(v, (0, size - v.shape[0]))
+
+    def split(self, flat, like):
+        ends = np.cumsum([math.prod(v.shape) for v in like])[:-1]
+        return tuple(p.reshape(v.shape).astype(v.dtype) for p, v in zip(jnp.split(flat, ends), like, strict=True))
+
+    def copy(self, x):
+        return x
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, algorithm, name, run, args, wanted):
+        return task(algorithm, name, run, wanted, args)
+
+    def attach(self, algorithm, run, x):
+        return (attached if algorithm.boundary else plain)(algorithm, run, x)
+
+    def report(self, progress, fraction, t):
+        jax.debug.callback(progress, fraction, t)
+
+    def detached(self, x):
+        return x._replace(t0=lax.stop_gradient(x.t0), t1=lax.stop_gradient(x.t1))
+
+    def differentiable(self):
+        if self._through is None:
+            self._through = type("ThroughJax", (BoundedLoops, JaxBackend), {})()
+        return self._through
+
+    # -- derivatives ------------------------------------------------------------------------------------------------
+
+    def vjp(self, f, theta, time, params):
+        def pull(t, u, ct):
+            if params:
+                _, back = jax.vjp(lambda t, u, th: f(th)(t, u), t, u, theta)
+                t_bar, u_bar, theta_bar = back(ct)
+            else:
+                _, back = jax.vjp(lambda t, u: f(theta)(t, u), t, u)
+                (t_bar, u_bar), theta_bar = back(ct), ()
+            return u_bar, theta_bar, t_bar if time else 0.0
+
+        return pull
+
+    def jvp(self, f, theta, d_theta):
+        def push(t, u, du, dt):
+            t = jnp.asarray(t)
+            out, along = jax.linearize(lambda t, u, th: f(th)(t, u), t, u, theta)
+            dt = jnp.zeros(du.shape[0], t.dtype) if dt is None else dt.astype(t.dtype)
+            return out, jax.vmap(along)(dt, du, d_theta)
+
+        return push
+
+    def loss_vjp(self, loss, args):
+        value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
+        return value, grads
+
+    def hoist(self, f, t, u, p):
+        leaves, structure = jax.tree.flatten(f)
+        if not (len(leaves) == 1 and leaves[0] is f):
+            captured = tuple(x for x in leaves if self.is_array(x) and self.is_float(x))
+            rest = tuple(None if self.is_array(x) and self.is_float(x) else x for x in leaves)
+            return ModuleField(structure, rest), captured
+        if trace_state_clean():
+            return Closed(f), ()
+        leaves, inside = jax.tree.flatten((t, u, p))
+        arrays = [i for i, x in enumerate(leaves) if self.is_array(x)]
+
+        def flat(*xs):
+            full = list(leaves)
+            for i, x in zip(arrays, xs, strict=True):
+                full[i] = x
+            return _shaped(f, *jax.tree.unflatten(inside, full))
+
+        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in arrays))
+        if not any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+            return Closed(f), ()
+        traced = [isinstance(c, jax.core.Tracer) and self.is_float(c) for c in closed.consts]
+        captured = tuple(c for c, on in zip(closed.consts, traced, strict=True) if on)
+        fixed = [None if on else c for c, on in zip(closed.consts, traced, strict=True)]
+        tree = jax.tree.structure(shape)
+
+        def hoisted(t, u, p, *values):
+            given = jax.tree.leaves((t, u, p))
+            rest = iter(values)
+            consts = [next(rest) if c is None else c for c in fixed]
+            out = jax.core.eval_jaxpr(closed.jaxpr, consts, *(given[i] for i in arrays))
+            return jax.tree.unflatten(tree, out)
+
+        return hoisted, captured
+
+    def evaluate(self, f, t, u, p):
+        return jax.eval_shape(f, t, u, p)
+
+
