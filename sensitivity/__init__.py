@@ -16,6 +16,7 @@ from .errors import (
     MixedFrameworksError,
     NumericalDerivativeWarning,
     OutputError,
+    ProbeWarning,
     SensitivityError,
     SensitivityWarning,
     SignatureError,

@@ -372,6 +372,11 @@ class Backend(Loops):
 
     # -- arrays -----------------------------------------------------------------------------------------------
 
+    def bound(self, like: Array) -> Backend:
+        """The backend for states with the dtype and device of `like`; times that `f` receives have them too."""
+        del like
+        return self
+
     def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         return _tree.flatten(tree)
 

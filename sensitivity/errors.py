@@ -130,3 +130,7 @@ class SensitivityWarning(UserWarning):
 
 class NumericalDerivativeWarning(SensitivityWarning):
     """A derivative was replaced by finite differences without having been asked for."""
+
+
+class ProbeWarning(SensitivityWarning):
+    """What the first-call check found in `f`, as a warning: with `probe="warn"`, and for an unexpected precision."""

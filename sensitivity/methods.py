@@ -74,8 +74,14 @@ def _transposed(tab: Tableau, order: tuple[int, ...]) -> tuple[tuple[float, ...]
 
 
 @cache
-def _column(tab: Tableau, j: int) -> tuple[float, ...]:
-    return tuple(row[j] if j < len(row) else 0.0 for row in tab.a)
+def _column(tab: Tableau, j: int, order: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(tab.a[i][j] if j < len(tab.a[i]) else 0.0 for i in order)
+
+
+@cache
+def _ones(count: int) -> tuple[float, ...]:
+    # Backends may remember a matrix for each tuple of weights, so one tuple serves all steps.
+    return (1.0,) * count
 
 
 def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
@@ -119,8 +125,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
         _transposed(tab, order), be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0))
     kappa = None
     if tab.fsal:
-        column = _column(tab, 0)
-        kappa = be.combine(base[0, :], h, tuple(column[i] for i in order), Y)
+        kappa = be.combine(base[0, :], h, _column(tab, 0, order), Y)
     h_bar = state.h
     if time:
         slope = be.combine(None, 1.0, tab.b, K)
@@ -131,7 +136,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
         if out is not None:
             change = change + out.h
         h_bar = be.choose(last, change, h_bar)
-    lam = be.combine(lam, 1.0, (1.0,) * len(order), Y)
+    lam = be.combine(lam, 1.0, _ones(len(order)), Y)
     if out is not None and out.u is not None:
         lam = lam + out.u
     return Adjoint(lam, kappa, theta, moved, h_bar)
@@ -220,6 +225,6 @@ class Tsit5(RungeKutta):
 
 @dataclass(frozen=True)
 class Dopri8(RungeKutta):
-    """Prince and Dormand (1981), RK8(7)13M, dense output of order 6; for tight tolerances."""
+    """Prince and Dormand (1981), RK8(7)13M, dense output of order 5; for tight tolerances."""
 
     base = tableaus.DOPRI8

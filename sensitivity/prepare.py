@@ -52,6 +52,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     u_leaves = [_state(be, v, kind, device) for v in u_leaves]
     u_layout = Layout(u_structure, tuple(tuple(v.shape) for v in u_leaves))
     u0 = u_layout.ravel(be, u_leaves)
+    be = be.bound(u0)
     partition, theta, constants = Partition.of(be, prob.p)
     t0, t1 = (_time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
     c0, c1 = be.concrete(t0), be.concrete(t1)
@@ -194,7 +195,7 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
             raise ToleranceError(
                 f"rtol={value:g} cannot be met in {'float64' if double else 'float32'} (machine epsilon {eps:.1e})",
                 "the step size would shrink without end",
-                f"rtol>={100.0 * eps:.0e}" + ("" if double else ", or a float64 state (JAX: jax_enable_x64 first)"))
+                f"rtol>={100.0 * eps:.1e}" + ("" if double else ", or a float64 state (JAX: jax_enable_x64 first)"))
         out.append(value)
     if out[0] == 0.0 and isinstance(out[1], float) and out[1] == 0.0:
         raise ToleranceError("rtol and atol are both zero", "no step could be accepted", "rtol=1e-6")

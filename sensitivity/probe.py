@@ -1,9 +1,571 @@
-"""The first-call check of `f`."""
+"""The first-call check of `f`: mistakes that would end in a wrong answer are named before the solve.
+
+A tracing backend gets one abstract trace. An eager one gets two evaluations of `f`; what the first tells decides where
+the second is made:
+
+| first evaluation | second evaluation | what the pair tells |
+|---|---|---|
+| no AD will run through `f` | same point | whether one input has one answer |
+| AD sees that the output depends on `u` | same point | the same, and whether AD sees `p` |
+| AD sees no dependence on `u` | `u` moved a little | equal: `f` is constant in `u`; else it hides from AD |
+
+A third, at a moved `p`, is made only where AD sees no dependence on a `p` whose gradient is asked for.
+Outputs are copied before `f` runs again, so an `f` that reuses its own buffer passes. A function that has passed is not
+evaluated again for the same shapes and dtypes.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import linecache
+import math
+import os
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+from .errors import (
+    BrokenGradientError,
+    ImpureFunctionError,
+    OutputError,
+    ProbeWarning,
+    SensitivityError,
+    SignatureError,
+    TracingError,
+)
+from .system import Layout
 
-def check(be: Any, prob: Any, t0: Any, u0: Any, p: Any, mode: str) -> None:
-    """Placeholder."""
+TIME = frozenset({"t", "time", "t_", "_t", "tau", "s", "_"})
+BLACK_BOX = "for a black box sensealg=sa.RecursiveCheckpointAdjoint(vjp=sa.FiniteDifferenceVJP())"
+CAPACITY = 512
+_passed: dict[Any, Callable[[], Any]] = {}
+
+
+def check(be: Any, prob: Any, t0: Any, u: Any, p: Any, mode: str, wrt: tuple[str, ...] | None = None) -> None:
+    """Evaluate `f` at the start and raise, or with `mode="warn"` warn, if the solve could not be trusted.
+
+    `wrt` names what will be differentiated; None leaves that to the arrays (`requires_grad`), and () says that no AD
+    will run through `f`.
+    """
+    f = prob.f
+    anchor, same = _identity(be, f)
+    u_leaves, u_structure = be.flatten(u)
+    p_leaves, p_structure = be.flatten(p)
+    recorded = wrt != () and _records(be)
+    asked = _asked(be, f, u_leaves, p_leaves, wrt) if recorded else ()
+    key: Any = (id(anchor), same, be.name, mode, recorded, asked,
+                u_structure, p_structure, _kinds(u_leaves), _kinds(p_leaves))
+    try:
+        known = _passed.get(key)
+    except TypeError:  # a structure that cannot be hashed
+        key, known = None, None
+    if known is not None and known() is anchor:
+        return
+    try:
+        _check_order(f)
+        t = be.time(be.scalar(t0))
+        if be.traced:
+            _trace(be, f, t, u, p)
+        else:
+            _evaluate(be, f, t, u, p, recorded, asked)
+    except SensitivityError as e:
+        if mode != "warn":
+            raise
+        warnings.warn(str(e), ProbeWarning, stacklevel=_depth())
+    if key is not None:
+        for old in list(_passed)[: len(_passed) - CAPACITY + 1]:
+            _passed.pop(old, None)
+        _passed[key] = _held(anchor)
+
+
+# -- which functions have passed --------------------------------------------------------------------------------------
+
+
+def _identity(be: Any, f: Any) -> tuple[Any, Any]:
+    """An object whose life and identity stand for `f`, and what else must be equal.
+
+    A function that closes over nothing is its code, so that a `lambda` in a loop is checked once. A callable pytree
+    on a tracing backend is its type and structure, because each update of its arrays makes a new one.
+    """
+    if isinstance(f, types.FunctionType):
+        plain = f.__closure__ is None and f.__defaults__ is None and f.__kwdefaults__ is None
+        return (f.__code__ if plain else f), None
+    if isinstance(f, types.MethodType):
+        return f.__self__, f.__func__
+    if be.traced:
+        leaves, structure = be.flatten(f)
+        if not (len(leaves) == 1 and leaves[0] is f):
+            return type(f), (structure, _kinds(leaves))
+    return f, getattr(f, "training", None)
+
+
+def _held(anchor: Any) -> Callable[[], Any]:
+    """A weak reference where the type allows one; else the object is kept until newer entries push it out."""
+    try:
+        return weakref.ref(anchor)
+    except TypeError:
+        return lambda: anchor
+
+
+def _kinds(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple([(x.shape, x.dtype) if hasattr(x, "dtype") else type(x) for x in leaves])
+
+
+# -- the evaluations --------------------------------------------------------------------------------------------------
+
+
+def _records(be: Any) -> bool:
+    """Whether the framework records operations for AD as they run, and does so now."""
+    if be.traced or be.opaque or "reverse" not in be.modes:
+        return False
+    return getattr(be.xp, "is_grad_enabled", lambda: True)()
+
+
+def _asked(be: Any, f: Any, u: list[Any], p: list[Any], wrt: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Through which arguments of `f` AD will run: "u" whenever anything is differentiated, "p" if it is itself."""
+    def on(xs: Any) -> bool:
+        return any(getattr(x, "requires_grad", False) for x in xs)
+
+    if "p" in wrt if wrt is not None else on(p):
+        return "u", "p"
+    parameters = f.parameters() if hasattr(f, "parameters") and hasattr(f, "forward") else ()
+    return ("u",) if wrt is not None or on(u) or on(parameters) else ()
+
+
+def _trace(be: Any, f: Any, t: Any, u: Any, p: Any) -> None:
+    """One abstract evaluation; what is no array in `p` stays as it is, time has the precision of the state."""
+    call = _Call(be, f)
+    leaves, structure = be.flatten(p)
+    arrays = [be.is_array(x) for x in leaves]
+
+    def traced(t: Any, u: Any, values: list[Any]) -> Any:
+        given = iter(values)
+        full = [next(given) if a else x for x, a in zip(leaves, arrays, strict=True)]
+        return be.flatten(call(t, u, be.unflatten(structure, full)))[0]
+
+    t = be.asarray(t, dtype=be.real_dtype(be.flatten(u)[0][0].dtype))
+    be.evaluate(traced, t, u, [x for x, a in zip(leaves, arrays, strict=True) if a])
+
+
+def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tuple[str, ...]) -> None:
+    call = _Call(be, f)
+    linked = None
+    if recorded:
+        try:
+            linked = _linked(be, call, t, u, p, over_p=False)
+        except Exception:
+            if asked:
+                raise  # else it may be the recording itself that f does not bear
+    if not call.outputs:
+        be.evaluate(call, t, _copied(be, u), p)
+    if linked is False and (asked or call.recorded):
+        if _evaluated(be, call, t, _moved(be, u), p) and call.differs():
+            raise _hidden(be, f, "u")
+        return
+    linked = _linked(be, call, t, u, p, over_p=True) if linked and "p" in asked else None
+    if call.count < 2:
+        be.evaluate(call, t, _copied(be, u), p)
+    if call.differs():
+        raise ImpureFunctionError(
+            f"f gave two answers for one input, at {_where(f)}",
+            "random numbers or state kept inside f mislead the error control and every gradient",
+            "draw random numbers before the solve and hand them over in p"
+            + ("; dropout: f.eval()" if getattr(f, "training", False) else ""))
+    if linked is False and _evaluated(be, call, t, u, _moved(be, p)) and call.differs():
+        raise _hidden(be, f, "p")
+
+
+def _linked(be: Any, call: _Call, t: Any, u: Any, p: Any, over_p: bool) -> bool | None:
+    """Whether AD sees that the output depends on `u` (or on `p`): one evaluation, as a function of one vector."""
+    leaves, structure = be.flatten(p if over_p else u)
+    moving = [i for i, x in enumerate(leaves) if be.is_array(x) and be.is_float(x)]
+    if not moving:
+        return None
+    vectors = [leaves[i] for i in moving]
+    layout = Layout(None, tuple(tuple(x.shape) for x in vectors))
+
+    def flat(t: Any, x: Any, rest: Any) -> Any:
+        full = list(leaves)
+        for i, v, like in zip(moving, layout.unravel(be, x), vectors, strict=True):
+            full[i] = be.xp.astype(v, like.dtype, copy=False)
+        tree = be.unflatten(structure, full)
+        out, _ = be.flatten(call(t, rest, tree) if over_p else call(t, tree, rest))
+        return Layout(None, ()).ravel(be, out)
+
+    try:
+        return be.connected(flat, t, layout.ravel(be, vectors), _copied(be, u) if over_p else p)
+    except Exception:
+        if call.failed:
+            raise
+        return None  # the backend cannot tell here
+
+
+def _evaluated(be: Any, call: _Call, t: Any, u: Any, p: Any) -> bool:
+    try:
+        be.evaluate(call, t, u, p)
+    except Exception:  # the moved point may lie outside the domain of f
+        return False
+    return True
+
+
+def _copied(be: Any, tree: Any) -> Any:
+    leaves, structure = be.flatten(tree)
+    return be.unflatten(structure, _copies(be, leaves))
+
+
+def _copies(be: Any, leaves: list[Any]) -> list[Any]:
+    return leaves if be.traced else [be.copy(x) if be.is_array(x) else x for x in leaves]
+
+
+def _moved(be: Any, tree: Any) -> Any:
+    """Every floating-point entry about 0.1 % away, no two by the same factor; zeros become about 0.001."""
+    leaves, structure = be.flatten(tree)
+    out = []
+    with be.quiet():
+        for x in leaves:
+            if be.is_array(x) and be.is_float(x):
+                n = max(math.prod(x.shape), 1)
+                step = be.xp.reshape(be.vector([1e-3 * (1.0 + i / n) for i in range(n)], x), tuple(x.shape))
+                x = x + step * be.xp.where(x == 0, be.xp.ones_like(x), x)
+            out.append(x)
+    return be.unflatten(structure, out)
+
+
+class _Call:
+    """`f` under observation: failures are explained, outputs checked and copied, arguments compared."""
+
+    def __init__(self, be: Any, f: Any) -> None:
+        self.be, self.f = be, f
+        self.outputs: list[list[Any]] = []
+        self.count = 0
+        self.failed = self.recorded = False
+
+    def __call__(self, t: Any, u: Any, p: Any) -> Any:
+        be, f = self.be, self.f
+        self.count += 1
+        self.failed = True
+        like, structure = be.flatten(u)
+        p_leaves, _ = be.flatten(p)
+        u_copies, p_copies = _copies(be, like), _copies(be, p_leaves)
+        try:
+            out = f(t, u, p)
+        except Exception as e:
+            found = _explained(be, f, e)
+            if found is None:
+                raise
+            raise found from e
+        _check_unchanged(be, f, "u", u, like, u_copies)
+        _check_unchanged(be, f, "p", p, p_leaves, p_copies)
+        leaves = _check_output(be, f, (t, u, p), like, structure, out, first=not self.outputs)
+        self.recorded = any(getattr(x, "requires_grad", False) for x in leaves)
+        self.outputs.append(_copies(be, leaves))
+        self.failed = False
+        return out
+
+    def differs(self) -> bool:
+        """Whether the last output differs from the first by more than round-off, as far as values can be read."""
+        return any(_equal(self.be, x, y, loose=True) is False
+                   for x, y in zip(self.outputs[0], self.outputs[-1], strict=True))
+
+
+def _check_unchanged(be: Any, f: Any, name: str, tree: Any, leaves: list[Any], copies: list[Any]) -> None:
+    now, _ = be.flatten(tree)
+    if len(now) != len(leaves) or any(
+        a is not b or (a is not c and be.is_array(a) and _equal(be, a, c) is False)
+        for a, b, c in zip(now, leaves, copies, strict=True)
+    ):
+        raise _in_place(be, f, name)
+
+
+def _equal(be: Any, a: Any, b: Any, loose: bool = False) -> bool | None:
+    """Equal values, NaN being equal to NaN; None if the values cannot be read."""
+    try:
+        same = a == b
+        if isinstance(same, bool) or same.all():
+            return bool(same) if isinstance(same, bool) else True
+        with be.quiet():
+            same = same | ((a != a) & (b != b))
+            if not loose or same.all():
+                return bool(same.all())
+            xp, zero = be.xp, be.xp.zeros_like(a)
+            a, b = xp.where(same, zero, a), xp.where(same, zero, b)
+            size = float(xp.max(xp.abs(a))) + float(xp.max(xp.abs(b)))
+            return float(xp.max(xp.abs(a - b))) <= be.eps(a.dtype) ** 0.75 * size
+    except Exception:  # tensors inside a transform have no values
+        return None
+
+
+# -- what may be wrong ------------------------------------------------------------------------------------------------
+
+
+def _check_order(f: Any) -> None:
+    """Names of the parameters that put time elsewhere than first."""
+    names = _names(f)
+    if names is not None and len(names) >= 3 and names[0] not in TIME and {"t", "time"} & set(names[1:3]):
+        raise _swapped(f, f"f takes ({', '.join(names[:3])}), at {_where(f)}", "by these names time is not first")
+
+
+def _swapped(f: Any, what: str, why: str) -> OutputError:
+    adapter = "from_sciml" if (_names(f) or [])[2:3] in (["t"], ["time"]) else "from_odeint"
+    return OutputError(what, f"{why}, but f is called as f(t, u, p)",
+                       "reorder them: def f(t, u, p): ..." + _adapter(adapter))
+
+
+def _adapter(name: str) -> str:
+    """Mention of a function of this library that wraps a vector field of another one."""
+    return f"; or wrap f: sa.{name}(f)" if hasattr(sys.modules[__package__], name) else ""
+
+
+def _in_place(be: Any, f: Any, name: str) -> ImpureFunctionError:
+    copy = "clone" if be.name == "torch" else "copy"
+    fix = f"{name} * a instead of {name} *= a; {name} = {name}.{copy}() before {name}[i] = x"
+    if be.traced:
+        fix = f"{name} = {name}.at[i].set(x)"
+    return ImpureFunctionError(f"f changes {name} in place, at {_where(f)}",
+                               f"the solver goes on with {name} after the call, and the answer would be wrong",
+                               f"make a new array: {fix}")
+
+
+def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
+    return BrokenGradientError(
+        f"the output of f changes with {name}, but {be.name} sees no dependence on {name}, at {_where(f)}",
+        f"f leaves the AD (.detach(), .item(), .data, no_grad, NumPy), so gradients would silently lack df/d{name}",
+        f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}")
+
+
+def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], structure: Any, out: Any,
+                  first: bool) -> list[Any]:
+    """The leaves of an output that has structure, shapes and kind of the state."""
+    if out is None:
+        raise OutputError(f"f returned None, at {_where(f)}", "a vector field returns du/dt",
+                          "end f with return dudt" + _adapter("from_sciml"))
+    leaves, got = be.flatten(out)
+    if got != structure:
+        raise _wrong_structure(be, f, args[1], out, leaves)
+    for x, v in zip(leaves, like, strict=True):
+        if not be.is_array(x):
+            _check_foreign(be, f, x, v, bare=out is x)
+        shape, wanted = tuple(getattr(x, "shape", ())), tuple(v.shape)
+        if shape != wanted:
+            what = f"f returned shape {shape}, u has shape {wanted}, at {_where(f)}"
+            if first and not be.traced and _fits_swapped(be, f, args, like, structure):
+                raise _swapped(f, what, "f(u, t, p) would have the right shape: time seems to come second")
+            alike = math.prod(shape) == math.prod(wanted)
+            raise OutputError(what, "du/dt has one entry for each entry of u",
+                              f"return dudt.reshape({wanted})" if alike else f"return an array of shape {wanted}")
+        if getattr(x, "dtype", v.dtype) != v.dtype:
+            _check_dtype(be, f, x, v, first)
+    return leaves
+
+
+def _wrong_structure(be: Any, f: Any, u: Any, out: Any, leaves: list[Any]) -> OutputError:
+    what = f"f returned {_described(out)}, u is {_described(u)}, at {_where(f)}"
+    xp = {"numpy": "np", "autograd": "np", "jax": "jnp"}.get(be.name, be.name)
+    if hasattr(u, "shape"):
+        fix = "return one array"
+        if isinstance(out, list | tuple):
+            numbers = all(isinstance(x, int | float | complex) for x in leaves)
+            fix += f": {xp}.{'tensor' if xp == 'torch' else 'array'}([...])" if numbers else f": {xp}.stack([...])"
+        return OutputError(what, "the output has the structure of u", fix)
+    fix = f"return a {type(u).__name__} like u"
+    if hasattr(out, "shape") and isinstance(u, list | tuple):
+        fix = f"make u0 one array: u0={xp}.{'tensor' if xp == 'torch' else 'array'}([...]); or {fix}"
+    return OutputError(what, "the output has the structure of u: same containers, same keys", fix)
+
+
+def _described(x: Any) -> str:
+    if hasattr(x, "shape"):
+        return f"one array of shape {tuple(x.shape)}"
+    if isinstance(x, dict):
+        return f"a dict with keys {', '.join(map(repr, x))}"
+    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, list | tuple) else f"a {type(x).__name__}"
+
+
+def _check_foreign(be: Any, f: Any, x: Any, like: Any, bare: bool) -> None:
+    """A leaf that is no array of this backend: a number, an array of another framework, or a box around an array."""
+    from .registry import registry
+
+    wanted = f"u has an array of shape {tuple(like.shape)}"
+    if isinstance(x, int | float | complex):
+        try:
+            be.xp.reshape(x, (-1,))
+        except Exception:
+            bare = False
+        if not bare:
+            fix = "torch.full_like(u, x)" if be.name == "torch" else "np.full_like(u, x)"
+            raise OutputError(f"f returned the number {x!r} where {wanted}, at {_where(f)}",
+                              "the output has the structure of u", f"return an array: {fix}")
+        return
+    other = registry().kind_of(x)
+    if other in (None, be.name):
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return
+        raise OutputError(f"f returned a {type(x).__name__} where {wanted}, at {_where(f)}",
+                          "the output has the structure of u", f"return shape {tuple(like.shape)}")
+    raise OutputError(f"f returned an array of {other} where u is an array of {be.name}, at {_where(f)}",
+                      "one solve runs in one framework, so that its AD sees all of f",
+                      f"compute with {be.name} operations from u to the result")
+
+
+def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
+    name, wanted = (str(v.dtype).removeprefix("torch.") for v in (x, like))
+    what = f"f returned dtype {name}, u has {wanted}, at {_where(f)}"
+    if name == "object":
+        raise OutputError(what, "NumPy makes such arrays of entries that are no plain numbers",
+                          "stack arrays of one shape; with autograd, import autograd.numpy as np")
+    if not be.is_float(x):
+        raise OutputError(what, "the derivative of a floating-point state is a floating-point number",
+                          "write 1.0 instead of 1 in constants, and dtype=u.dtype where f makes arrays")
+    if be.is_complex(x) and not be.is_complex(like):
+        raise OutputError(what, "the imaginary part would be lost", "u0 complex, or return the real part")
+    if first and be.is_complex(x) == be.is_complex(like):
+        warnings.warn(f"{what}; the solve goes on in {wanted}. Constants in f may have another precision than u0",
+                      ProbeWarning, stacklevel=_depth())
+
+
+def _fits_swapped(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], structure: Any) -> bool:
+    """Whether `f(u, t, p)` looks like `u`; tried only after `f(t, u, p)` did not."""
+    t, u, p = args
+    try:
+        leaves, got = be.flatten(f(_copied(be, u), t, p))
+        return got == structure and all(tuple(x.shape) == tuple(v.shape) for x, v in zip(leaves, like, strict=True))
+    except Exception:
+        return False
+
+
+# -- exceptions raised by f -------------------------------------------------------------------------------------------
+
+# By name, so that no framework is imported; the first that fits wins.
+_TRACED = (
+    ("TracerBoolConversionError", "decides on a value with Python control flow (if, while, and, or, min, max)",
+     "jnp.where(condition, a, b), jax.lax.cond or jax.lax.while_loop"),
+    ("NonConcreteBooleanIndexError", "selects entries by a condition", "jnp.where(condition, a, b)"),
+    ("TracerArrayConversionError", "hands a traced array to NumPy", "the jax.numpy function of the same name"),
+    ("TracerIntegerConversionError", "uses a traced number as an index or a count",
+     "jnp.take, or pass the number as a Python int in p"),
+    ("ConcretizationTypeError", "asks for the value of a traced array (float, int, .item(), math)",
+     "keep it an array; jax.numpy functions take scalars too"),
+)
+
+
+def _explained(be: Any, f: Any, e: Exception) -> SensitivityError | None:
+    """What an exception that came out of `f` says about `f`; None if it is the user's own affair."""
+    text = str(e)
+    kinds = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith("jax")}
+    for kind, what, fix in _TRACED:
+        if kind in kinds:
+            return TracingError(f"f {what}, at {_line(e, f)}", "values are unknown while f is traced and compiled", fix)
+    if text.startswith("vmap:"):
+        return TracingError(f"f asks for a value inside vmap, at {_line(e, f)}", "there it stands for many values",
+                            "torch.where(condition, a, b), and tensors instead of Python numbers")
+    if "Can't call numpy() on Tensor that requires grad" in text:
+        return BrokenGradientError(f"f hands a tensor that is differentiated to NumPy, at {_line(e, f)}",
+                                   "NumPy records nothing, so gradients would silently lack this part of f",
+                                   f"the torch function of the same name; {BLACK_BOX}")
+    if "leaf Variable that requires grad" in text or (be.traced and "does not support item assignment" in text):
+        return _in_place(be, f, "u")
+    if isinstance(e, TypeError) and "argument" in text and not _accepts(f, e):
+        return _wrong_signature(f)
+    return None
+
+
+def _wrong_signature(f: Any) -> SignatureError:
+    names = _names(f) or []
+    name = getattr(_unwrapped(f), "__name__", "f")
+    hint = _adapter("from_sciml") if len(names) == 4 else ""
+    if len(names) == 2:
+        hint = _adapter("from_scipy" if names[0] in TIME else "from_odeint")
+    try:
+        given = str(inspect.signature(_signed(f)))
+    except (TypeError, ValueError):
+        given = ""
+    return SignatureError(f"f{given} cannot be called as f(t, u, p), at {_where(f)}",
+                          "a vector field takes time, state and parameters; p is None where the problem has none",
+                          ("lambda t, u, p: ..." if name == "<lambda>" else f"def {name}(t, u, p): ...") + hint)
+
+
+def _accepts(f: Any, e: Exception) -> bool:
+    """Whether the signature admits three positional arguments; without one, whether the call got inside `f`."""
+    try:
+        inspect.signature(_signed(f)).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature
+        return e.__traceback__ is not None and e.__traceback__.tb_next is not None
+    return True
+
+
+def _signed(f: Any) -> Any:
+    """What carries the signature: `forward` of a module whose `__call__` takes anything."""
+    return f.forward if callable(getattr(f, "forward", None)) else f
+
+
+def _names(f: Any) -> list[str] | None:
+    """Names of the positional parameters, None if unknown."""
+    f = _signed(f)
+    if type(f) is types.FunctionType:
+        return list(f.__code__.co_varnames[: f.__code__.co_argcount])
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return [q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)]
+
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(f: Any) -> Any:
+    """The Python function behind partials, decorators, methods, modules and callable objects."""
+    for _ in range(20):
+        if isinstance(f, functools.partial):
+            f = f.func
+        elif isinstance(f, types.MethodType):
+            f = f.__func__
+        elif hasattr(f, "__wrapped__"):
+            f = f.__wrapped__
+        elif isinstance(f, types.FunctionType):
+            break
+        else:
+            owner = getattr(type(f), "forward", None) or type(f).__call__
+            if not isinstance(owner, types.FunctionType):
+                break
+            f = owner
+    return f
+
+
+def _where(f: Any) -> str:
+    """`name (file.py:12)`."""
+    inner = _unwrapped(f)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return getattr(inner, "__name__", None) or type(f).__name__
+    return f"{code.co_qualname.split('<locals>.')[-1]} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def _line(e: BaseException, f: Any) -> str:
+    """`name (file.py:14): source line`, the innermost line of the user's file that `e` passed through."""
+    code = getattr(_unwrapped(f), "__code__", None)
+    found, step = None, e.__traceback__
+    while step is not None:
+        if code is not None and step.tb_frame.f_code.co_filename == code.co_filename:
+            found = step
+        step = step.tb_next
+    if found is None:
+        return _where(f)
+    file, number = found.tb_frame.f_code.co_filename, found.tb_lineno
+    source = linecache.getline(file, number).strip()
+    name = found.tb_frame.f_code.co_name
+    return f"{name} ({os.path.basename(file)}:{number})" + (f": {source}" if source else "")
+
+
+def _depth() -> int:
+    """`stacklevel` of the first frame outside this package."""
+    root, frame, depth = os.path.dirname(__file__), sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(root):
+        frame, depth = frame.f_back, depth + 1
+    return depth

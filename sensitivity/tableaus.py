@@ -21,7 +21,7 @@ class Tableau:
     error : weights of the embedded error estimate (`b` minus the embedded weights), or None.
     order : order of `b`.
     dense : polynomial coefficients of the dense-output weights, one row per stage, or None.
-    dense_order : order of the dense output.
+    dense_order : order q of the dense output: wrong by O(h^(q+1)) inside a step.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -201,6 +201,6 @@ DOPRI8 = Tableau(
         (0.0, 2.3537586759714983, -19.008209934160803, 50.255836422617605, -53.90207774663854,
          20.300692582210083),
     ),
-    dense_order=6,
+    dense_order=5,
 )
 

@@ -16,7 +16,7 @@ from sensitivity.backend import Contribution, Loops, Record
 
 from ._lanes import active, any_lane, select
 
-KEEP_STAGES = 2**18
+STAGE_NUMBERS = 2**20
 MASKED_SAVES = 64
 
 
@@ -30,10 +30,35 @@ class Log(NamedTuple):
 
 
 class OpenLog(NamedTuple):
-    """A log with a function that remakes stages which were too big to keep."""
+    """A log with a function that remakes stages which were too big to keep.
+
+    Only the first slots may have room for stages; then the last of these is overwritten by all later records.
+    """
 
     log: Log
     stages: Any
+
+    def record(self, i):
+        """The record in slot `i`."""
+        log, _ = self
+        t, h, u = (lax.dynamic_index_in_dim(b, i, 0, False) for b in log.records[:3])
+        record, k = Record(t, h, u, None), log.records.k
+        if k.shape[0] == 0:
+            return record._replace(k=self.stages(record))
+        load = lambda i: lax.dynamic_index_in_dim(k, i, 0, False)  # noqa: E731
+        if k.shape[0] == log.keep.shape[0]:
+            return record._replace(k=load(i))
+        return record._replace(k=lax.cond(i < k.shape[0] - 1, load, lambda i: self.stages(record).astype(k.dtype), i))
+
+    def records(self, slots):
+        """Several records, for one evaluation each; unused slots get a harmless size."""
+        log, _ = self
+        t, h, u = (b[slots] for b in log.records[:3])
+        records = Record(t, jnp.where(h == 0.0, 1.0, h).astype(h.dtype), u, None)
+        k = log.records.k
+        if k.shape[0] == log.keep.shape[0]:
+            return records._replace(k=k[slots])
+        return records._replace(k=jax.vmap(self.stages)(records))
 
 
 class Rows(NamedTuple):
@@ -110,9 +135,8 @@ class JaxLoops(Loops):
             return state, None
 
         _, record, _ = traced.shapes
-        if record.k.size * sink.capacity > KEEP_STAGES:
-            record = record._replace(k=None)
-        buffers = jax.tree.map(lambda x: jnp.zeros((sink.capacity, *x.shape), x.dtype), record)
+        room = Record(*(sink.capacity,) * 3, _room_for_stages(record.k, sink.capacity))
+        buffers = jax.tree.map(lambda x, slots: jnp.zeros((slots, *x.shape), x.dtype), record, room)
         log = Log(buffers, jnp.zeros((sink.capacity,), bool), jnp.int32(0), jnp.int32(0))
 
         def record_step(carry):
@@ -134,36 +158,30 @@ class JaxLoops(Loops):
         return lax.while_loop(cond, body, carry)
 
     def replay(self, body, state, log, extra=None):
-        log, stages = log
+        opened, (log, _) = log, log
         state = arrays(state)
 
         def back(carry):
             i, s = carry
             i = i - 1
-            record = _slot(log, i)
-            if record.k is None:
-                record = record._replace(k=stages(record))
             out = None
             if isinstance(extra, Rows):
                 mask = extra.slot == i
                 out = Contribution(*(_masked(mask, rows) for rows in extra.rows))
             elif extra is not None:
                 out = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), extra)
-            new = body(s, record, out, i == log.newest)
+            new = body(s, opened.record(i), out, i == log.newest)
             return i, select(active(log.keep[i]), like(new, s), s)
 
         return self._while(lambda c: c[0] > 0, back, (log.count, state))[1]
 
     def follow(self, body, state, log):
-        log, stages = log
+        opened, (log, _) = log, log
         state = arrays(state)
         capacity = log.keep.shape[0]
 
         def advance(s, i):
-            record = _slot(log, i)
-            if record.k is None:
-                record = record._replace(k=stages(record))
-            return body(s, record, i == log.newest)
+            return body(s, opened.record(i), i == log.newest)
 
         shapes = jax.eval_shape(advance, state, jnp.int32(0))[1]
         buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
@@ -211,22 +229,13 @@ class JaxLoops(Loops):
         slot = jnp.searchsorted(lax.stop_gradient(keys), lax.stop_gradient(direction * ts)) - 1
         return jnp.maximum(slot, 0)
 
-    def _records(self, opened, slots):
-        log, stages = opened
-        records = jax.tree.map(lambda b: b[slots], log.records)
-        h = jnp.where(records.h == 0.0, 1.0, records.h)
-        records = records._replace(h=h.astype(records.h.dtype))
-        if records.k is None:
-            records = records._replace(k=jax.vmap(stages)(records))
-        return records
-
     def lookup(self, interpolate, log):
         opened, (log, _) = log, log
         direction = jnp.where(log.records.h[0] >= 0.0, 1.0, -1.0)
 
         def dense(t):
             slot = self._locate(log, jnp.reshape(t, (1,)), direction)
-            record = jax.tree.map(lambda x: x[0], self._records(opened, slot))
+            record = jax.tree.map(lambda x: x[0], opened.records(slot))
             return interpolate(record, [t])[0]
 
         return dense
@@ -234,14 +243,14 @@ class JaxLoops(Loops):
     def sample(self, interpolate, log, ts, u0, direction):
         opened, (log, _) = log, log
         ts = jnp.asarray(ts)
-        records = self._records(opened, self._locate(log, ts, direction))
+        records = opened.records(self._locate(log, ts, direction))
         rows = jax.vmap(lambda record, t: interpolate(record, [t])[0])(records, ts)
         return jnp.where(log.count > 0, rows, u0[None, :])
 
     def sample_vjp(self, transpose, log, ts, ct, direction):
         opened, (log, _) = log, log
         slots = self._locate(log, ts, direction)
-        records = self._records(opened, slots)
+        records = opened.records(slots)
 
         def one(record, t, row):
             out, (t_bar,) = transpose(record, [t], row[None, :])
@@ -274,7 +283,7 @@ class JaxLoops(Loops):
     def stacked(self, log):
         opened, (log, _) = log, log
         order = jnp.argsort(~log.keep, stable=True)
-        records = self._records(opened, order)
+        records = opened.records(order)
         return records.t, records.h, records.u, records.k
 
     def unstacked(self, times, sizes, u, k, count):
@@ -342,14 +351,14 @@ class JaxLoops(Loops):
         xs = jax.tree.map(lambda x: x, tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in xs))
         rows = jnp.zeros((s, n), base.dtype)
         if first is not None:
-            rows = rows.at[0].set(first)
+            rows = lax.dynamic_update_index_in_dim(rows, first, 0, 0)
 
         def body(i, state):
             carry, rows = state
             v = base if base.ndim == 1 else base[i]
             v = v + jnp.asarray(scale, base.dtype) * jnp.dot(square[i], rows, precision="highest")
             new, out = row(carry, tuple(x[i] for x in xs), v)
-            return like(arrays(new), carry), rows.at[i].set(out.astype(rows.dtype))
+            return like(arrays(new), carry), lax.dynamic_update_index_in_dim(rows, out.astype(rows.dtype), i, 0)
 
         return lax.fori_loop(start, s, body, (arrays(carry), rows))
 
@@ -359,6 +368,8 @@ class JaxLoops(Loops):
         return out if base is None else base + out
 
     def inputs(self, a, base, scale, rows):
+        if len(a) == 1:
+            return base[None, :]
         square = np.zeros((len(a), len(a)))
         for i, r in enumerate(a):
             square[i, : len(r)] = r
@@ -369,7 +380,7 @@ class JaxLoops(Loops):
         out = jnp.asarray(h, lam.dtype) * jnp.outer(jnp.asarray(np.array(b), lam.dtype), lam)
         if rows is not None:
             out = out + rows
-        return out if last is None else out.at[-1].add(last)
+        return out if last is None else jnp.concat([out[:-1], out[-1:] + last])
 
     def permuted(self, xs, order):
         return jnp.asarray(xs)[np.array(order)]
@@ -440,19 +451,19 @@ def _typed(result):
     return arrays(state), arrays(record), jnp.asarray(keep, bool)
 
 
+def _room_for_stages(k, capacity):
+    """Slots that keep their stages: none where one stage is all there is, else as many as the budget allows."""
+    return 0 if k.shape[0] == 1 else min(capacity, max(1, STAGE_NUMBERS // max(k.size, 1)))
+
+
 def _append(log, record, mine):
     """Write a record at the next slot; the slot is taken when any lane keeps its record."""
     i = log.count
-    if log.records.k is None:
-        record = record._replace(k=None)
-    records = jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0), log.records, record)
+    records = jax.tree.map(
+        lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0) if b.shape[0] else b, log.records, record)
     taken = any_lane(mine)
     return Log(records, lax.dynamic_update_index_in_dim(log.keep, mine, i, 0), i + taken.astype(jnp.int32),
                jnp.where(mine, i, log.newest))
-
-
-def _slot(log, i):
-    return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), log.records)
 
 
 def _masked(mask, rows):

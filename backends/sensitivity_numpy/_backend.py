@@ -78,18 +78,18 @@ class NumpyBackend(Backend):
 
     # -- matrix recursions --------------------------------------------------------------------------------------
 
-    def _rows(self, a):
-        """Dense rows of a tableau, made once; None marks a row of zeros."""
-        found = self._matrices.get(id(a))
+    def _rows(self, a, like):
+        """Dense rows of a tableau in the precision of `like`, made once; None marks a row of zeros."""
+        found = self._matrices.get((id(a), like.dtype.char))
         if found is None:
-            rows = [np.array(r) if any(r) else None for r in a]
-            found = self._matrices[id(a)] = (a, rows)
+            rows = [np.array(r, dtype=like.real.dtype) if any(r) else None for r in a]
+            found = self._matrices[id(a), like.dtype.char] = (a, rows)
         return found[1]
 
-    def _weights(self, w):
-        found = self._matrices.get(id(w))
+    def _weights(self, w, like):
+        found = self._matrices.get((id(w), like.dtype.char))
         if found is None:
-            found = self._matrices[id(w)] = (w, np.array(w))
+            found = self._matrices[id(w), like.dtype.char] = (w, np.array(w, dtype=like.real.dtype))
         return found[1]
 
     def recursion(self, a, base, scale, xs, row, carry, first=None):
@@ -99,7 +99,7 @@ class NumpyBackend(Backend):
         if first is not None:
             out[0] = first
             start = 1
-        rows = self._rows(a)
+        rows = self._rows(a, base)
         items = zip(*xs, strict=True)
         for _ in range(start):
             next(items)
@@ -114,17 +114,17 @@ class NumpyBackend(Backend):
         return carry, out
 
     def combine(self, base, scale, weights, rows):
-        out = self._weights(weights).dot(rows)
+        out = self._weights(weights, rows).dot(rows)
         out *= scale
         if base is not None:
             out += base
         return out
 
     def inputs(self, a, base, scale, rows):
-        key = (id(a), "square")
+        key = (id(a), rows.dtype.char, "square")
         found = self._matrices.get(key)
         if found is None:
-            square = np.zeros((len(a), len(a)))
+            square = np.zeros((len(a), len(a)), dtype=rows.real.dtype)
             for i, r in enumerate(a):
                 square[i, : len(r)] = r
             found = self._matrices[key] = (a, square)
@@ -134,7 +134,7 @@ class NumpyBackend(Backend):
         return out
 
     def seeds(self, b, h, lam, rows, last):
-        out = np.multiply.outer(self._weights(b) * h, lam)
+        out = np.multiply.outer(self._weights(b, lam) * h, lam)
         if rows is not None:
             out += rows
         if last is not None:
@@ -143,6 +143,14 @@ class NumpyBackend(Backend):
 
     def permuted_rows(self, rows, order):
         return rows[list(order)]
+
+    def detached(self, x):
+        return self.differentiable().detached(x)
+
+    def differentiable(self):
+        from ._boxes import BoxBackend
+
+        return BoxBackend()
 
     # -- derivatives --------------------------------------------------------------------------------------------
 

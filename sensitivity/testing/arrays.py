@@ -36,10 +36,14 @@ def check_dtypes(h: Harness) -> None:
 
 
 def check_copy(h: Harness) -> None:
-    """`copy` gives new memory."""
+    """A copy keeps its numbers when the original is overwritten, where arrays can be overwritten at all."""
     x = h.array([1.0, 2.0])
-    require(h.be.copy(x) is not x, "copy returned its argument")
-    h.close(h.be.copy(x), [1.0, 2.0], 0.0, "copy")
+    y = h.be.copy(x)
+    try:
+        x[0] = 5.0
+    except TypeError:  # arrays that cannot change need no copies
+        pass
+    h.close(y, [1.0, 2.0], 0.0, "copy")
 
 
 def check_scalars(h: Harness) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ..algorithms.discrete import RecursiveCheckpointAdjoint
 from ..errors import UnsupportedCombination
 from ..methods import Tsit5
+from ..prepare import prepare
 from ..problems import ODEProblem
 from ..solve import solve
 from ..vjp import VJP, FiniteDifferenceVJP, UserVJP
@@ -74,8 +75,8 @@ def tolerance(vjp: VJP, time: bool) -> float:
 def bound(h: Harness, vjp: VJP) -> tuple[Any, Any] | None:
     """Run and inputs with this choice, or None where the backend cannot serve it and says so before any work."""
     prob = problem(h)
-    if not vjp.missing(h.be, prob):
-        _, run, x = h.prepared(prob, Tsit5(), RecursiveCheckpointAdjoint(vjp=vjp))
+    run, x = prepare(prob, Tsit5(), backend=h.name)
+    if not vjp.missing(run):
         return replace(run, vjp=vjp), x
     try:
         solve(prob, Tsit5(), sensealg=RecursiveCheckpointAdjoint(vjp=vjp), backend=h.name)

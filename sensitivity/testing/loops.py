@@ -18,7 +18,7 @@ class Walk(NamedTuple):
     u: Any
 
 
-def walk(h: Harness, limit: int = 100, end: float = 3.0, start: float = 0.0) -> tuple[Walk, Any]:
+def walk(h: Harness, limit: int = 100, end: float = 3.0) -> tuple[Walk, Any]:
     """A loop with steps of 0.5 whose third step is not kept: `u <- 2 u + t`."""
     be = h.be
 
@@ -26,8 +26,14 @@ def walk(h: Harness, limit: int = 100, end: float = 3.0, start: float = 0.0) -> 
         record = Record(s.t, 0.5 + 0.0 * s.t, s.u, be.xp.stack([s.u, s.u * s.u]))
         return Walk(s.t + 0.5, 2.0 * s.u + be.vector([s.t, s.t], s.u)), record, s.t != 1.0
 
-    first = Walk(be.scalar(h.array(start)), h.array([1.0, -3.0]))
-    return be.iterate(step, first, lambda s: s.t < end, limit, be.store(64))
+    first = Walk(be.scalar(h.array(0.0)), h.array([1.0, -3.0]))
+    state, log = be.iterate(step, first, lambda s: s.t < end, limit, be.store(64))
+    return state, be.reopen(log, stages(h))
+
+
+def stages(h: Harness) -> Any:
+    """The stages of a step of `walk` again, for backends that do not keep them."""
+    return lambda record: h.be.xp.stack([record.u, record.u * record.u])
 
 
 def walked(limit: int = 100, end: float = 3.0) -> tuple[float, list[float], list[tuple[float, list[float]]]]:
@@ -48,12 +54,12 @@ def check_iterate(h: Harness) -> None:
     state, log = walk(h)
     t, u, kept = walked()
     h.close(state, [t, *u], 1e-15, "state")
-    times, sizes, starts, stages = h.be.stacked(log)
+    times, sizes, starts, slopes = h.be.stacked(log)
     n = len(kept)
     h.close(times[:n], [r[0] for r in kept], 0.0, "times")
     h.close(sizes[:n], [0.5] * n, 0.0, "sizes")
     h.close(starts[:n, :], [v for r in kept for v in r[1]], 1e-15, "start states")
-    h.close(stages[:n, 1, :], [v * v for r in kept for v in r[1]], 1e-15, "stages")
+    h.close(slopes[:n, 1, :], [v * v for r in kept for v in r[1]], 1e-15, "stages")
     h.close(h.be.last_size(log), 0.5, 0.0, "last_size")
 
 
@@ -79,7 +85,8 @@ def check_replay(h: Harness) -> None:
     state, log = walk(h)
     _, _, kept = walked()
     n = len(kept)
-    ct = h.array([[float(i * i + 1), 0.5 * i] for i in range(n)])
+    padding = be.nodes(log, state.u, state.t)[0].shape[0] - n
+    ct = h.array([[float(i * i + 1), 0.5 * i] for i in range(n)] + [[0.0, 0.0]] * padding)
     extra, end = be.nodes_vjp(log, ct)
     h.close(end, [float((n - 1) ** 2 + 1), 0.5 * (n - 1)], 0.0, "cotangent of the end")
 
@@ -152,7 +159,7 @@ def check_recursion(h: Harness) -> None:
     """`recursion` equals a triple loop: with one base, a base per row, and a given first row."""
     be = h.be
     bases = [[1.0, 2.0], [3.0, -1.0], [0.5, 4.0], [-2.0, 7.0]]
-    nodes, scale, times = (0.0, 0.25, 0.5, 1.0), 0.5, [1.0, 1.5, 2.0, 3.0]
+    nodes, scale, times = (0.0, 0.25, 0.5, 1.0), 0.5, (1.0, 1.5, 2.0, 3.0)
 
     def row(carry: Any, x: tuple, v: Any) -> tuple[Any, Any]:
         t, c, w = x
@@ -168,11 +175,10 @@ def check_recursion(h: Harness) -> None:
             rows.append(out)
         return carry, rows
 
-    # `times` and `inputs` give sequences in the form that the backend's own recursion takes.
-    xs = (be.times(be.scalar(h.array(1.0)), 2.0, (0.0, 0.25, 0.5, 1.0)), nodes,
-          be.permuted(be.inputs(((), (0.0,), (0.0, 0.0), (0.0, 0.0, 1.0)), h.array([0.0, 0.0]), 0.0,
-                                h.array(bases)), (0, 1, 2, 3)))
-    xs = (xs[0], xs[1], _rows_of(h, bases[::-1], xs[2]))
+    # `times` and `inputs` show in which form the backend's recursion takes its sequences.
+    like = be.inputs(A, h.array(bases[0]), 1.0, h.array(bases))
+    words = h.array(bases[::-1]) if be.is_array(like) else [h.array(r) for r in bases[::-1]]
+    xs = (be.times(be.scalar(h.array(1.0)), 2.0, nodes), nodes, words)
     h_scale = be.scalar(h.array(scale))
     for what, base, first in (("one base", h.array(bases[1]), None), ("a base per row", h.array(bases), None),
                               ("a first row", h.array(bases[1]), [0.5, 0.25])):
@@ -182,11 +188,6 @@ def check_recursion(h: Harness) -> None:
         want_carry, want_rows = plain(want_base, first)
         h.close(rows, [v for r in want_rows for v in r], 1e-14, f"rows, {what}")
         h.close(carry, want_carry, 1e-14, f"carry, {what}")
-
-
-def _rows_of(h: Harness, rows: list[list[float]], like: Any) -> Any:
-    """Rows in the container that `inputs` uses: one array, or a list of vectors."""
-    return h.array(rows) if h.be.is_array(like) else [h.array(r) for r in rows]
 
 
 def check_combine(h: Harness) -> None:
@@ -260,7 +261,7 @@ def check_sample(h: Harness) -> None:
         return Walk(s.t + 0.5, 2.0 * s.u + be.vector([s.t, s.t], s.u)), record, s.t < 3.0
 
     # Here every step is kept, so the step from 1 to 1.5 is there and the node at 1.5 belongs to it.
-    sink = be.sampler(interpolate(h), ts, u0, one, 64)
+    sink = be.sampler(interpolate(h), ts, u0, one, 64, stages(h))
     _, rows = be.iterate(step, Walk(be.scalar(h.array(0.0)), u0), lambda s: s.t < 3.0, 100, sink)
     h.close(rows, want, 1e-15, "sampler")
     dense = be.lookup(interpolate(h), log)

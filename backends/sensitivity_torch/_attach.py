@@ -1,0 +1,244 @@
+"""The solve as autograd and `torch.func` see it: a function, its transpose and its tangent.
+
+Each is a Function of its own whose `forward` sees plain tensors only, whatever transforms are running; so step
+control reads numbers, and `vmap` is a loop over lanes. What belongs to one solve but is no tensor is in a `Call`.
+"""
+
+import torch
+
+from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
+from sensitivity.errors import CapturedValueError, SolveError, UnsupportedCombination
+from sensitivity.integrate import RetCode
+from sensitivity.system import Inputs
+
+from . import _autodiff, _levels
+
+
+class Call:
+    """One solve: what it computes, and afterwards what it left; under `vmap`, one `Call` per lane."""
+
+    def __init__(self, algorithm, run, wanted, constants):
+        self.algorithm, self.run, self.wanted, self.constants = algorithm, run, wanted, constants
+        self.aux = self.residuals = self.lanes = None
+
+    def inputs(self, flat):
+        u0, t0, t1, saveat, rtol, atol, *rest = flat
+        k = self.constants
+        return bare(self.run, Inputs(u0, tuple(rest[k:]), t0, t1, saveat, tuple(rest[:k]), rtol, atol))
+
+    def slots(self, count):
+        """Positions in the flat inputs, with their names, that derivatives are wanted of."""
+        names = ["u0", "t0", "t1", "saveat", *[None] * (2 + self.constants)]
+        names += ["theta"] * (count - len(names))
+        return [(i, name) for i, name in enumerate(names) if name in self.wanted]
+
+
+def flattened(x):
+    return (x.u0, x.t0, x.t1, x.saveat, x.rtol, x.atol, *x.constants, *x.theta)
+
+
+def bare(run, x):
+    """Inputs that autograd does not know, except what `f` closes over, which it has to."""
+    live = getattr(run.field.f, "live", ())
+    own = x.theta[:len(x.theta) - len(live)]
+    plain = [v.detach() if isinstance(v, torch.Tensor) else v for v in x._replace(theta=(), constants=())]
+    plain = Inputs(*plain)
+    return plain._replace(theta=(*(v.detach() for v in own), *live), constants=x.constants)
+
+
+def attach(be, algorithm, run, x):
+    """`algorithm.plain(run, x)`, differentiable; see `Backend.attach`."""
+    flat = flattened(x)
+    tensors = [v for v in flat if isinstance(v, torch.Tensor)]
+    transformed = _levels.transformed()
+    moving = any(_levels.moving(v) for v in tensors)
+    if not algorithm.boundary:
+        if transformed and any(_levels.batched(v) for v in tensors):
+            raise UnsupportedCombination(f"{algorithm.name} cannot run under vmap",
+                                         "lanes that take different steps cannot share one recorded loop",
+                                         "sensealg=RecursiveCheckpointAdjoint(), or a loop in place of vmap")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and moving):
+            return algorithm.plain(run, x)
+    if not transformed and not moving:
+        with torch.no_grad():
+            return algorithm.plain(run, bare(run, x))
+    wanted = {name for name in ("u0", "t0", "t1", "saveat")
+              if getattr(x, name) is not None and _levels.moving(getattr(x, name))}
+    if any(_levels.moving(v) for v in x.theta):
+        wanted.add("theta")
+    call = Call(algorithm, run, frozenset(wanted), len(x.constants))
+    *out, summary = Solve.apply(call, *flat)
+    out = Outputs(*out) if len(out) == 3 else Outputs(out[0], None, None)
+    return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
+
+
+def _aux_of_lanes(be, run, x, summary):
+    t, ratio, h = summary[:3].unbind()
+    accepted, rejected, nfe, status = summary[3:].to(torch.int64).unbind()
+    ts = x.saveat
+    if run.saves is None:
+        ts = [t]
+    elif isinstance(run.saves, int):
+        ts = be.spread(x.t0, x.t1, fractions(run.saves))
+    return Aux(ts, t, accepted, rejected, nfe, status, ratio, h, None)
+
+
+def _summary(aux, like):
+    numbers = [aux.t, aux.ratio, aux.h, aux.accepted, aux.rejected, aux.nfe, aux.status]
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+
+
+def _loop(function, size, in_dims, heads, args):
+    """`function.apply(*heads[i], *slices)` for every lane i of a batch, stacked."""
+    lanes = []
+    for i in range(size):
+        slices = [v if d is None else v.select(d, i) for v, d in zip(args, in_dims, strict=True)]
+        lanes.append(function.apply(*heads[i], *slices))
+    out = tuple(torch.stack(column) for column in zip(*lanes, strict=True))
+    return out, (0,) * len(out)
+
+
+class Solve(torch.autograd.Function):
+    """`call, *inputs -> *outputs, summary`."""
+
+    @staticmethod
+    def forward(call, *flat):
+        x = call.inputs(flat)
+        if call.wanted:
+            out, call.aux, call.residuals = call.algorithm.forward(call.run, x, call.wanted)
+        else:
+            out, call.aux = call.algorithm.plain(call.run, x)
+        return (*(v.clone() for v in out if v is not None), _summary(call.aux, x.u0))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, *flat = inputs
+        ctx.others = [None if isinstance(v, torch.Tensor) else v for v in flat]
+        ctx.places = [i for i, v in enumerate(flat) if isinstance(v, torch.Tensor)]
+        tensors = [flat[i] for i in ctx.places]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(output[-1])
+
+    @staticmethod
+    def _flat(ctx):
+        flat = list(ctx.others)
+        for i, v in zip(ctx.places, ctx.saved_tensors, strict=True):
+            flat[i] = v
+        return flat
+
+    @staticmethod
+    def backward(ctx, *ct):
+        flat = Solve._flat(ctx)
+        bars = [None] * len(flat)
+        slots = ctx.call.slots(len(flat))
+        if slots:
+            for (i, _), bar in zip(slots, Reverse.apply(ctx.call, len(flat), *flat, *ct[:-1]), strict=True):
+                bars[i] = bar
+        return None, *bars
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        flat = Solve._flat(ctx)
+        if ctx.call.run.dense:
+            raise UnsupportedCombination("dense=True has no forward-mode derivative", "", "saveat=[...]")
+        d = [torch.zeros_like(flat[i]) if tangents[i] is None else tangents[i]
+             for i, _ in ctx.call.slots(len(flat))]
+        (du,) = Tangent.apply(ctx.call, len(flat), *flat, *(v.unsqueeze(0) for v in d))
+        return du[0], None
+
+    @staticmethod
+    def vmap(info, in_dims, call, *flat):
+        if call.run.dense or call.run.saves == "steps":
+            raise UnsupportedCombination("dense=True and saveat='steps' cannot be used under vmap",
+                                         "lanes take different numbers of steps", "saveat=[...]")
+        call.lanes = [Call(call.algorithm, call.run, call.wanted, call.constants) for _ in range(info.batch_size)]
+        return _loop(Solve, info.batch_size, in_dims[1:], [(lane,) for lane in call.lanes], flat)
+
+
+class _Once(torch.autograd.Function):
+    """A derivative of a solve, which is not differentiated again."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise UnsupportedCombination(f"{ctx.call.algorithm.name} gives first derivatives only",
+                                     "a second one was asked for", "sensealg=DirectAdjoint()")
+
+    jvp = backward
+
+    @staticmethod
+    def lanes(size, in_dims, call, count):
+        """The calls that a batch of derivatives belongs to: lanes of the solve, or one solve for all."""
+        if any(d is not None for d in in_dims[2:2 + count]):
+            return [(lane, count) for lane in call.lanes]
+        return [(call, count)] * size
+
+
+class Reverse(_Once):
+    """`call, count, *inputs, *cotangents of the outputs -> *cotangents of the inputs wanted`."""
+
+    @staticmethod
+    def forward(call, count, *args):
+        flat, ct = args[:count], args[count:]
+        run, x = call.run, call.residuals.x
+        field = run.field.f
+        _same_captured(call, run, x)
+        with _autodiff.silent(field.live):
+            bar = call.algorithm.reverse(run, call.residuals, Outputs(*ct, *[None] * (3 - len(ct))), call.wanted)
+        if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
+            raise SolveError(f"the reverse solve of {call.algorithm.name} failed: {RetCode(int(bar.status)).name}",
+                             "the adjoint equation needs more steps than allowed",
+                             "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(bar.status)))
+        theta = iter(bar.theta)
+        out = []
+        for i, name in call.slots(count):
+            value = next(theta) if name == "theta" else getattr(bar, name)
+            out.append(torch.as_tensor(value, dtype=flat[i].dtype, device=flat[i].device).clone())
+        return tuple(out)
+
+    @staticmethod
+    def vmap(info, in_dims, call, count, *args):
+        heads = _Once.lanes(info.batch_size, in_dims, call, count)
+        return _loop(Reverse, info.batch_size, in_dims[2:], heads, args)
+
+
+def _same_captured(call, run, x):
+    """A closure or module that changed since the solve would leave a wrong gradient behind."""
+    field = run.field.f
+    if not field.live:
+        return
+    be, layout, k = run.be, run.field.u, run.field.p.count
+    u = be.unflatten(layout.structure, layout.unravel(be, x.u0))
+    now = _autodiff.found(be, field, be.time(x.t0), u, run.field.p.join(be, x.theta[:k], x.constants), x.theta[k:])
+    if {id(v) for v in now} != {id(v) for v in field.live}:
+        raise CapturedValueError("f closes over other tensors now than when it was solved",
+                                 "their derivatives cannot be told apart", "pass these tensors through p")
+
+
+class Tangent(_Once):
+    """`call, count, *inputs, *directions of the inputs wanted (m, ...) -> states (m, k, n)`."""
+
+    @staticmethod
+    def forward(call, count, *args):
+        d, x = args[count:], call.residuals.x
+        theta, times = [], {"t0": None, "t1": None, "saveat": None}
+        u0 = torch.zeros((d[0].shape[0], x.u0.shape[0]), dtype=x.u0.dtype, device=x.u0.device)
+        for (_, name), v in zip(call.slots(count), d, strict=True):
+            if name == "u0":
+                u0 = v
+            elif name == "theta":
+                theta.append(v)
+            else:
+                times[name] = v.to(x.u0.dtype)
+        if not theta:
+            theta = [v.new_zeros((u0.shape[0], *v.shape)) for v in x.theta]
+        return (call.algorithm.tangent(call.run, call.residuals, Tangents(u0, tuple(theta), **times)),)
+
+    @staticmethod
+    def vmap(info, in_dims, call, count, *args):
+        heads = _Once.lanes(info.batch_size, in_dims, call, count)
+        return _loop(Tangent, info.batch_size, in_dims[2:], heads, args)

@@ -1,0 +1,221 @@
+"""Products with derivatives of callables, and the tensors that a callable closes over."""
+
+import torch
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from sensitivity.errors import CapturedValueError
+
+from . import _levels
+
+# -- the user's function ------------------------------------------------------------------------------------------
+
+
+class Field:
+    """`f` as the loops call it.
+
+    `names` are parameters of the module `f` that are handed in, `live` the tensors that `f` finds by itself.
+    """
+
+    def __init__(self, be, f, names=(), live=()):
+        self.be, self.f, self.names, self.live = be, f, names, live
+        self.recording = False
+
+    def __call__(self, t, u, p, *captured):
+        if self.recording and not torch.is_grad_enabled():
+            return self._recorded(t, u, p, captured)
+        try:
+            return self._call(t, u, p, captured)
+        except RuntimeError as e:
+            if torch.is_grad_enabled() or "does not require grad" not in str(e):
+                raise
+        # f differentiates inside itself, which needs a state that requires grad.
+        self.recording = True
+        return self._recorded(t, u, p, captured)
+
+    def _call(self, t, u, p, captured):
+        if not self.names:
+            return self.f(t, u, p)
+        return functional_call(self.f, dict(zip(self.names, captured, strict=False)), (t, u, p))
+
+    def _recorded(self, t, u, p, captured):
+        with torch.enable_grad():
+            out = self._call(t, _leaves(self.be, u)[1], p, captured)
+        return _mapped(self.be, torch.Tensor.detach, out)
+
+
+def _mapped(be, fun, tree):
+    leaves, structure = be.flatten(tree)
+    return be.unflatten(structure, [fun(x) if isinstance(x, torch.Tensor) else x for x in leaves])
+
+
+def _leaves(be, tree):
+    """A copy of a state whose tensors are leaves that require grad: `(tensors, tree)`."""
+    leaves, structure = be.flatten(tree)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    return leaves, be.unflatten(structure, leaves)
+
+
+def _recorded_outputs(be, f, t, u, p, captured=()):
+    with torch.enable_grad():
+        inputs, u = _leaves(be, u)
+        out = f(t, u, _mapped(be, torch.Tensor.detach, p), *captured)
+    return inputs, [x for x in be.flatten(out)[0] if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def connected(be, f, t, u, p):
+    """Whether autograd sees that `f` depends on `u`."""
+    inputs, outputs = _recorded_outputs(be, f, t, u, p)
+    if not outputs:
+        return False
+    grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs], allow_unused=True)
+    return any(g is not None for g in grads)
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses tensors of a running transform: `f` was called with plain ones, so it closes over these."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not _levels.transformed():
+            for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(x, torch.Tensor) and (_levels.wrapped(x) or _levels.dual(x)):
+                    raise CapturedValueError(
+                        "f closes over a tensor that a torch.func transform or a dual level differentiates or batches",
+                        "the solve cannot see it from outside f",
+                        "pass it through p; or make f the nn.Module whose parameters are transformed")
+        return func(*args, **(kwargs or {}))
+
+
+def found(be, field, t, u, p, captured):
+    """The leaf tensors that require grad and that `field` reaches by itself at `(t, u, p)`."""
+    inputs, outputs = _recorded_outputs(be, field, t, u, p, captured)
+    known = {id(x) for x in inputs}
+    queue = [x.grad_fn for x in outputs]
+    seen, leaves = set(queue), []
+    while queue:
+        node = queue.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            leaves.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return tuple(leaves)
+
+
+def hoist(be, f, t, u, p):
+    """`(field, captured)`: tensors of a transformed module are handed in, leaves behind `f` stay where they are."""
+    active = _levels.active()
+    if not active and not torch.is_grad_enabled():
+        return Field(be, f), ()
+    names, given = (), ()
+    if active and isinstance(f, torch.nn.Module):
+        own = [*f.named_parameters(), *f.named_buffers()]
+        moved = [(k, v) for k, v in own if _levels.wrapped(v) or _levels.dual(v)]
+        names, given = tuple(k for k, _ in moved), tuple(v for _, v in moved)
+    field = Field(be, f, names)
+    if active:
+        t, u, p, plain = (_mapped(be, _levels.value, x) for x in (t, u, p, given))
+        with _levels.outside(), _Watch():
+            field.live = found(be, field, t, u, p, plain)
+    elif torch.is_grad_enabled():
+        field.live = found(be, field, t, u, p, ())
+    return field, (*given, *field.live)
+
+
+# -- products -----------------------------------------------------------------------------------------------------
+
+
+class _Silent:
+    """Hooks of parameters wait until their gradient is complete."""
+
+    def __init__(self, tensors):
+        self.hooks = [x._backward_hooks for x in tensors if x._backward_hooks]
+
+    def __enter__(self):
+        self.kept = [dict(h) for h in self.hooks]
+        for h in self.hooks:
+            h.clear()
+
+    def __exit__(self, *_):
+        for h, kept in zip(self.hooks, self.kept, strict=True):
+            h.update(kept)
+
+
+silent = _Silent
+
+
+def _parameters(theta, params):
+    """Parameters to differentiate with respect to; one that requires grad is what `f` closes over, and stays."""
+    return tuple(x if x.requires_grad or not params else x.detach().requires_grad_() for x in theta)
+
+
+def vjp(f, theta, time, params):
+    """`pull(t, u, ct)`; see `Backend.vjp`."""
+    captured = any(x.requires_grad for x in theta)
+    leaves = _parameters(theta, params)
+    rhs = f(leaves)
+    wanted = leaves if params else ()
+    zeros = [torch.zeros_like(x, requires_grad=False) for x in wanted]
+
+    def pull(t, u, ct):
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            t = t.detach().requires_grad_() if time else t
+            out = rhs(t, u)
+        if not out.requires_grad:
+            return torch.zeros_like(ct), tuple(zeros), 0.0
+        inputs = (u, *wanted, t) if time else (u, *wanted)
+        u_bar, *bars = torch.autograd.grad(out, inputs, ct.to(out.dtype), captured, allow_unused=True)
+        t_bar = bars.pop() if time else None
+        bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
+        return torch.zeros_like(ct) if u_bar is None else u_bar, bars, 0.0 if t_bar is None else t_bar.item()
+
+    return pull
+
+
+def jvp(f, theta, d_theta):
+    """`push(t, u, du, dt)`: the product with the transposed derivative is linear, and its transpose is wanted."""
+    leaves = _parameters(theta, True)
+    rhs = f(leaves)
+
+    def push(t, u, du, dt):
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            t = t if dt is None else t.detach().requires_grad_()
+            out = rhs(t, u)
+            inputs = (u, *leaves) if dt is None else (u, *leaves, t)
+            directions = (du, *d_theta) if dt is None else (du, *d_theta, dt.to(t.dtype))
+            ct = torch.zeros_like(out, requires_grad=True)
+            bars = (torch.autograd.grad(out, inputs, ct, create_graph=True, allow_unused=True) if out.requires_grad
+                    else [None] * len(inputs))
+        pairs = [(g, d) for g, d in zip(bars, directions, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return out.detach(), torch.zeros_like(du)
+        g, d = zip(*pairs, strict=True)
+        return out.detach(), _rows(g, ct, d, du)
+
+    return push
+
+
+def _rows(g, ct, d, du):
+    if du.shape[0] > 3:
+        try:
+            return torch.autograd.grad(g, ct, d, retain_graph=True, is_grads_batched=True)[0]
+        except RuntimeError:  # an operation in f that cannot be batched
+            pass
+    rows = [torch.autograd.grad(g, ct, [x[i] for x in d], retain_graph=True)[0] for i in range(du.shape[0])]
+    return torch.stack(rows)
+
+
+def loss_vjp(loss, args):
+    """Value and gradient of a scalar function; a leaf that requires grad stays what it is."""
+    with torch.enable_grad():
+        args = [x if x.is_leaf and x.requires_grad else x.detach().requires_grad_() for x in args]
+        value = loss(*args)
+    zeros = tuple(torch.zeros_like(x, requires_grad=False) for x in args)
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+        return value, zeros
+    grads = torch.autograd.grad(value, args, allow_unused=True)
+    return value.detach(), tuple(z if g is None else g for g, z in zip(grads, zeros, strict=True))

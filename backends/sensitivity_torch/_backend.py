@@ -1,0 +1,220 @@
+"""PyTorch: Python floats for times and step sizes, one buffer of stages per step, one number read per step."""
+
+import math
+
+import torch
+from array_api_compat import torch as xp
+
+from sensitivity.backend import Backend
+
+from . import _attach, _autodiff, _levels
+
+
+class TorchBackend(Backend):
+    """Backend for one dtype and device (see `bound`); its loops run where autograd records nothing."""
+
+    name = "torch"
+    modes = frozenset({"reverse", "forward"})
+    xp = xp
+
+    def __init__(self, dtype=torch.float64, device=None):
+        self.dtype, self._device = dtype, device
+        self._bound, self._constants, self._through = {}, {}, None
+
+    def bound(self, like):
+        key = like.dtype, like.device
+        if key not in self._bound:
+            self._bound[key] = type(self)(*key)
+        return self._bound[key]
+
+    def differentiable(self):
+        if self._through is None:
+            self._through = _Differentiable(self.dtype, self._device)
+        return self._through
+
+    # -- arrays ---------------------------------------------------------------------------------------------------
+
+    def is_array(self, x):
+        return isinstance(x, torch.Tensor)
+
+    def is_float(self, x):
+        return x.dtype.is_floating_point or x.dtype.is_complex
+
+    def is_complex(self, x):
+        return x.dtype.is_complex
+
+    def real_dtype(self, dtype):
+        return dtype.to_real()
+
+    def asarray(self, x, dtype=None, device=None):
+        try:
+            if isinstance(x, list | tuple) and any(isinstance(v, torch.Tensor) for v in x):
+                return torch.stack([torch.as_tensor(v, dtype=dtype, device=device) for v in x])
+            return torch.as_tensor(x, dtype=dtype, device=device)
+        except RuntimeError as e:
+            raise ValueError(str(e)) from e
+
+    def copy(self, x):
+        return x.detach().clone()
+
+    def scalars(self, ts):
+        return ts.tolist() if isinstance(ts, torch.Tensor) else [float(t) for t in ts]
+
+    def concrete(self, x):
+        return None if _levels.batched(x) else float(x)
+
+    def concrete_times(self, ts):
+        return None if _levels.batched(ts) else self.scalars(ts)
+
+    def time_vector(self, ts, like):
+        return self.asarray(ts, dtype=torch.float64, device=like.device)
+
+    def vector(self, xs, like):
+        return self.asarray(xs, dtype=like.dtype, device=like.device)
+
+    def time(self, t):
+        return torch.as_tensor(t, dtype=self.dtype.to_real(), device=self._device)
+
+    def times(self, t, h, c):
+        return torch.tensor([t + c_i * h for c_i in c], dtype=self.dtype.to_real(), device=self._device).unbind()
+
+    def dot(self, a, b):
+        return torch.vdot(a, b).real.item()
+
+    def rms(self, x):
+        return torch.linalg.vector_norm(x).item() / math.sqrt(x.shape[0]) if x.shape[0] else 0.0
+
+    def scaled(self, e, u0, u1, rtol, atol):
+        scale = torch.maximum(u0.abs(), u1.abs())
+        return e / scale.mul_(rtol).add_(atol)
+
+    def zeros(self, arrays):
+        return tuple(torch.zeros_like(x, requires_grad=False) for x in arrays)
+
+    def add(self, a, b):
+        return tuple(x.add_(y) for x, y in zip(a, b, strict=True))
+
+    def nan_where(self, bad, x):
+        return x * torch.where(bad, math.nan, 1.0) if isinstance(bad, torch.Tensor) else super().nan_where(bad, x)
+
+    # -- small matrices -------------------------------------------------------------------------------------------
+
+    def _constant(self, numbers, like):
+        """A nested tuple of numbers as a tensor, rows filled up with zeros; made once."""
+        key = numbers, like.dtype, like.device
+        found = self._constants.get(key)
+        if found is None:
+            if isinstance(numbers[0], tuple):
+                width = max(map(len, numbers))
+                rows = [[*row, *[0.0] * (width - len(row))] for row in numbers]
+            else:
+                rows = numbers
+            found = self._constants[key] = torch.tensor(rows, dtype=like.dtype, device=like.device)
+        return found
+
+    def recursion(self, a, base, scale, xs, row, carry, first=None):
+        s, n = len(a), base.shape[-1]
+        out = torch.empty((s, n), dtype=base.dtype, device=base.device)
+        rows = out.unbind()
+        bases = None if base.ndim == 1 else base.unbind()
+        start = 0
+        if first is not None:
+            rows[0].copy_(first)
+            start = 1
+        for i in range(start, s):
+            v = base if bases is None else bases[i]
+            if any(a[i]):
+                v = torch.addmv(v, out.as_strided((n, i), (1, n)), self._constant(a[i], base), alpha=scale)
+            carry, x = row(carry, [x[i] for x in xs], v)
+            rows[i].copy_(x)
+        return carry, out
+
+    def combine(self, base, scale, weights, rows):
+        w = self._constant(weights, rows)
+        if base is None:
+            return torch.addmv(rows[0], rows.t(), w, beta=0, alpha=scale)
+        return torch.addmv(base, rows.t(), w, alpha=scale)
+
+    def inputs(self, a, base, scale, rows):
+        return torch.addmm(base, self._constant((*a[:-1], (*a[-1], 0.0)), rows), rows, alpha=scale).unbind()
+
+    def seeds(self, b, h, lam, rows, last):
+        out = torch.outer(self._constant(b, lam), lam).mul_(h)
+        if rows is not None:
+            out += rows
+        if last is not None:
+            out[-1] += last
+        return out
+
+    def permuted_rows(self, rows, order):
+        return rows[list(order)]
+
+    def poly(self, coefficients, x, like):
+        if any(isinstance(v, torch.Tensor) for v in x):
+            return super().poly(coefficients, x, like)
+        columns = self._constant(coefficients, like).t()
+        return self.vector([[v**k for k in range(columns.shape[0])] for v in x], like) @ columns
+
+    # -- derivatives ----------------------------------------------------------------------------------------------
+
+    def quiet(self):
+        return torch.no_grad()
+
+    def run(self, algorithm, name, run, args, wanted):
+        if name == "forward":
+            args = (_attach.bare(run, args[0]),)
+        return super().run(algorithm, name, run, args, wanted)
+
+    def attach(self, algorithm, run, x):
+        return _attach.attach(self, algorithm, run, x)
+
+    def detached(self, x):
+        return x._replace(t0=x.t0.detach(), t1=x.t1.detach())
+
+    def hoist(self, f, t, u, p):
+        return _autodiff.hoist(self, f, t, u, p)
+
+    def vjp(self, f, theta, time, params):
+        return _autodiff.vjp(f, theta, time, params)
+
+    def jvp(self, f, theta, d_theta):
+        return _autodiff.jvp(f, theta, d_theta)
+
+    def loss_vjp(self, loss, args):
+        return _autodiff.loss_vjp(loss, args)
+
+    def evaluate(self, f, t, u, p):
+        with torch.no_grad():
+            return _autodiff.Field(self, f)(t, u, p)
+
+    def connected(self, f, t, u, p):
+        return None if _levels.active() else _autodiff.connected(self, f, t, u, p)
+
+
+class _Differentiable(TorchBackend):
+    """The same loops without writing into buffers, so that autograd, `torch.func` and dual numbers see through."""
+
+    def times(self, t, h, c):
+        if not isinstance(h, torch.Tensor):
+            return super().times(t, h, c)
+        return (t + h * self._constant(c, h)).to(self.dtype.to_real()).unbind()
+
+    def rms(self, x):
+        return super().rms(x.detach())
+
+    def scaled(self, e, u0, u1, rtol, atol):
+        return e.detach() / (atol + rtol * torch.maximum(u0.detach().abs(), u1.detach().abs()))
+
+    def recursion(self, a, base, scale, xs, row, carry, first=None):
+        rows = [] if first is None else [first]
+        for i in range(len(rows), len(a)):
+            v = base if base.ndim == 1 else base[i]
+            if any(a[i]):
+                v = self.combine(v, scale, a[i], torch.stack(rows))
+            carry, x = row(carry, [x[i] for x in xs], v)
+            rows.append(x.to(base.dtype))
+        return carry, torch.stack(rows)
+
+    def combine(self, base, scale, weights, rows):
+        out = torch.mv(rows.t(), self._constant(weights, rows) * scale)
+        return out if base is None else base + out
