@@ -10,6 +10,7 @@ from .algorithms.base import Aux, Cotangents, Outputs
 from .choose import auto, choose
 from .errors import InputError, NumericalDerivativeWarning, SolveError
 from .integrate import RetCode, Run
+from .probe import through_ad
 
 from .solution import Gradient
 from .solve import build, checked, prepare_options, report, warn_numerical
@@ -55,7 +56,7 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
             raise InputError(f"wrt holds {name!r}", "", f"choose from {', '.join(NAMES)}")
     if loss is None or not callable(loss):
         raise InputError("loss is not callable", "", "loss=lambda sol: (sol.u ** 2).sum()")
-    run, x = prepare_options(prob, alg, options)
+    run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
     if "p" in names and not x.theta:
         raise InputError("wrt holds 'p', but the problem has no floating-point parameters",
                          "nothing can be differentiated", "ODEProblem(f, u0, tspan, p), or wrt='u0'")

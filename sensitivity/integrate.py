@@ -100,6 +100,8 @@ def initial_step(run: Run, tab: Tableau, rhs: Callable, s: Span, u: Array, k: Ar
     h1 = be.choose(flat, be.greatest(1e-6, h0 * 1e-3), (0.01 / be.choose(flat, 1.0, top)) ** (1.0 / (tab.order + 1)))
     # A non-finite slope at the trial point says that the trial was too long, not how long a step may be.
     h1 = be.choose(be.isfinite(d2), be.least(100.0 * h0, h1), 1e-3 * h0)
+    # Nor does a slope at the start that is not finite; the first step then fails and says so.
+    h1 = be.choose(be.isfinite(h1), h1, 1e-3 * abs(s.t1 - s.t0))
     return s.direction * h1
 
 
@@ -111,7 +113,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
     """
     be, controller = run.be, run.controller
     norm = norm or run.norm or be.rms
-    k0 = rhs(be.time(s.t0), u0) if tab.fsal else None
+    k0 = rhs(be.time(s.t0 if s.shift is None else s.t0 + s.shift[0]), u0) if tab.fsal else None
     if h is None:
         if run.dt is not None:
             h = s.direction * run.dt

@@ -22,8 +22,8 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
             events: Any = None, max_steps: int | None = None, dtmin: float | None = None, dtmax: float | None = None,
             dense: bool = False, backend: str | None = None, device: Any = None, dtype: Any = None,
             progress: Any = False, controller: Any = None, norm: Any = None, tstops: Any = None,
-            probe: str = "raise") -> tuple[Run, Inputs]:
-    """Check everything that can be checked before work starts, and lay it out flat.
+            probe: str = "raise", wrt: tuple[str, ...] | None = None) -> tuple[Run, Inputs]:
+    """Check everything that can be checked before work starts, and lay it out flat; `wrt` as in `probe.check`.
 
     Raises
     ------
@@ -55,12 +55,12 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     be = be.bound(u0)
     partition, theta, constants = Partition.of(be, prob.p)
     t0, t1 = (_time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
-    c0, c1 = be.concrete(t0), be.concrete(t1)
+    c0, c1 = (be.concrete(v) for v in prob.tspan)
 
     u_tree = be.unflatten(u_structure, u_leaves)
     f = prob.f
     if probe != "off":
-        first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), mode=probe)
+        first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), probe, wrt)
     f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
 
     saves, times = _saves(be, saveat, c0, c1, u0)
@@ -147,8 +147,7 @@ def _saves(be: Any, saveat: Any, t0: float | None, t1: float | None, like: Any) 
     if t0 is not None and t1 is not None:
         low, high = min(t0, t1), max(t0, t1)
         slack = 1e-12 * max(abs(low), abs(high)) if be.eps(ts.dtype) < 1e-10 else 1e-6 * max(abs(low), abs(high))
-        values = be.concrete_times(ts)
-        for i, t in enumerate(values or ()):
+        for i, t in enumerate(be.concrete_times(saveat) or ()):
             if not low - slack <= t <= high + slack:
                 fix = f"tspan=({min(low, t):g}, {max(high, t):g})" if math.isfinite(t) else "remove it"
                 raise TimesError(f"saveat[{i}]={t:g} lies outside tspan=({t0:g}, {t1:g})",

@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .choose import auto
 from .errors import (
     BrokenGradientError,
     ImpureFunctionError,
@@ -38,6 +39,7 @@ from .errors import (
     TracingError,
 )
 from .system import Layout
+from .vjp import ComplexStepVJP, FiniteDifferenceVJP, UserVJP
 
 TIME = frozenset({"t", "time", "t_", "_t", "tau", "s", "_"})
 BLACK_BOX = "for a black box sensealg=sa.RecursiveCheckpointAdjoint(vjp=sa.FiniteDifferenceVJP())"
@@ -80,6 +82,14 @@ def check(be: Any, prob: Any, t0: Any, u: Any, p: Any, mode: str, wrt: tuple[str
         for old in list(_passed)[: len(_passed) - CAPACITY + 1]:
             _passed.pop(old, None)
         _passed[key] = _held(anchor)
+
+
+def through_ad(prob: Any, sensealg: Any, wrt: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """`wrt` as `check` takes it: () where `sensealg` and `prob` say that derivatives of `f` are made without AD."""
+    vjp = getattr(sensealg, "vjp", None)
+    own = all(getattr(prob, k, None) for k in ("jac", "paramjac")) or getattr(prob, "vjp", None)
+    without = isinstance(vjp, FiniteDifferenceVJP | ComplexStepVJP | UserVJP) or (own and (vjp is None or vjp is auto))
+    return () if without and getattr(sensealg, "boundary", True) else wrt
 
 
 # -- which functions have passed --------------------------------------------------------------------------------------
@@ -157,9 +167,9 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
     if recorded:
         try:
             linked = _linked(be, call, t, u, p, over_p=False)
-        except Exception:
-            if asked:
-                raise  # else it may be the recording itself that f does not bear
+        except Exception as e:
+            if asked or (isinstance(e, SensitivityError) and not isinstance(e, BrokenGradientError)):
+                raise  # else it may be the recording that f does not bear
     if not call.outputs:
         be.evaluate(call, t, _copied(be, u), p)
     if linked is False and (asked or call.recorded):
@@ -212,7 +222,13 @@ def _evaluated(be: Any, call: _Call, t: Any, u: Any, p: Any) -> bool:
     return True
 
 
+def _leaves(be: Any, tree: Any) -> list[Any]:
+    return [tree] if be.is_array(tree) else be.flatten(tree)[0]
+
+
 def _copied(be: Any, tree: Any) -> Any:
+    if be.is_array(tree):
+        return be.copy(tree)
     leaves, structure = be.flatten(tree)
     return be.unflatten(structure, _copies(be, leaves))
 
@@ -248,9 +264,9 @@ class _Call:
         be, f = self.be, self.f
         self.count += 1
         self.failed = True
-        like, structure = be.flatten(u)
-        p_leaves, _ = be.flatten(p)
-        u_copies, p_copies = _copies(be, like), _copies(be, p_leaves)
+        first = not self.outputs
+        like, p_leaves = _leaves(be, u), _leaves(be, p) if first else []
+        u_copies, p_copies = (_copies(be, like), _copies(be, p_leaves)) if first else ([], [])
         try:
             out = f(t, u, p)
         except Exception as e:
@@ -258,10 +274,11 @@ class _Call:
             if found is None:
                 raise
             raise found from e
-        _check_unchanged(be, f, "u", u, like, u_copies)
-        _check_unchanged(be, f, "p", p, p_leaves, p_copies)
-        leaves = _check_output(be, f, (t, u, p), like, structure, out, first=not self.outputs)
-        self.recorded = any(getattr(x, "requires_grad", False) for x in leaves)
+        if first:
+            _check_unchanged(be, f, "u", u, like, u_copies)
+            _check_unchanged(be, f, "p", p, p_leaves, p_copies)
+        leaves = _check_output(be, f, (t, u, p), like, out, first)
+        self.recorded = any([getattr(x, "requires_grad", False) for x in leaves])
         self.outputs.append(_copies(be, leaves))
         self.failed = False
         return out
@@ -273,12 +290,12 @@ class _Call:
 
 
 def _check_unchanged(be: Any, f: Any, name: str, tree: Any, leaves: list[Any], copies: list[Any]) -> None:
-    now, _ = be.flatten(tree)
+    now = _leaves(be, tree)
     if len(now) != len(leaves) or any(
         a is not b or (a is not c and be.is_array(a) and _equal(be, a, c) is False)
         for a, b, c in zip(now, leaves, copies, strict=True)
     ):
-        raise _in_place(be, f, name)
+        raise _in_place(be, name, _where(f))
 
 
 def _equal(be: Any, a: Any, b: Any, loose: bool = False) -> bool | None:
@@ -320,14 +337,11 @@ def _adapter(name: str) -> str:
     return f"; or wrap f: sa.{name}(f)" if hasattr(sys.modules[__package__], name) else ""
 
 
-def _in_place(be: Any, f: Any, name: str) -> ImpureFunctionError:
+def _in_place(be: Any, name: str, place: str) -> ImpureFunctionError:
     copy = "clone" if be.name == "torch" else "copy"
-    fix = f"{name} * a instead of {name} *= a; {name} = {name}.{copy}() before {name}[i] = x"
-    if be.traced:
-        fix = f"{name} = {name}.at[i].set(x)"
-    return ImpureFunctionError(f"f changes {name} in place, at {_where(f)}",
-                               f"the solver goes on with {name} after the call, and the answer would be wrong",
-                               f"make a new array: {fix}")
+    fix = "u.at[i].set(x) instead of u[i] = x" if be.traced else f"u * a instead of u *= a; u.{copy}() before u[i] = x"
+    why = "the solver goes on with it after the call, and the answer would be wrong"
+    return ImpureFunctionError(f"f changes {name} in place, at {place}", why, f"make a new array: {fix}")
 
 
 def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
@@ -337,29 +351,34 @@ def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
         f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}")
 
 
-def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], structure: Any, out: Any,
+def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], out: Any,
                   first: bool) -> list[Any]:
     """The leaves of an output that has structure, shapes and kind of the state."""
     if out is None:
         raise OutputError(f"f returned None, at {_where(f)}", "a vector field returns du/dt",
                           "end f with return dudt" + _adapter("from_sciml"))
-    leaves, got = be.flatten(out)
-    if got != structure:
+    leaves = _leaves(be, out)
+    if not _alike(be, args[1], out):
         raise _wrong_structure(be, f, args[1], out, leaves)
     for x, v in zip(leaves, like, strict=True):
         if not be.is_array(x):
             _check_foreign(be, f, x, v, bare=out is x)
-        shape, wanted = tuple(getattr(x, "shape", ())), tuple(v.shape)
+        shape, wanted = getattr(x, "shape", ()), v.shape
         if shape != wanted:
+            shape, wanted = tuple(shape), tuple(wanted)
             what = f"f returned shape {shape}, u has shape {wanted}, at {_where(f)}"
-            if first and not be.traced and _fits_swapped(be, f, args, like, structure):
+            if first and not be.traced and _fits_swapped(be, f, *args):
                 raise _swapped(f, what, "f(u, t, p) would have the right shape: time seems to come second")
             alike = math.prod(shape) == math.prod(wanted)
             raise OutputError(what, "du/dt has one entry for each entry of u",
                               f"return dudt.reshape({wanted})" if alike else f"return an array of shape {wanted}")
-        if getattr(x, "dtype", v.dtype) != v.dtype:
+        if be.is_array(x) and x.dtype != v.dtype:
             _check_dtype(be, f, x, v, first)
     return leaves
+
+
+def _alike(be: Any, a: Any, b: Any) -> bool:
+    return (be.is_array(a) and be.is_array(b)) or be.flatten(a)[1] == be.flatten(b)[1]
 
 
 def _wrong_structure(be: Any, f: Any, u: Any, out: Any, leaves: list[Any]) -> OutputError:
@@ -427,12 +446,12 @@ def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
                       ProbeWarning, stacklevel=_depth())
 
 
-def _fits_swapped(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], structure: Any) -> bool:
+def _fits_swapped(be: Any, f: Any, t: Any, u: Any, p: Any) -> bool:
     """Whether `f(u, t, p)` looks like `u`; tried only after `f(t, u, p)` did not."""
-    t, u, p = args
     try:
-        leaves, got = be.flatten(f(_copied(be, u), t, p))
-        return got == structure and all(tuple(x.shape) == tuple(v.shape) for x, v in zip(leaves, like, strict=True))
+        out = f(_copied(be, u), t, p)
+        return _alike(be, u, out) and all(
+            tuple(x.shape) == tuple(v.shape) for x, v in zip(_leaves(be, out), _leaves(be, u), strict=True))
     except Exception:
         return False
 
@@ -466,8 +485,8 @@ def _explained(be: Any, f: Any, e: Exception) -> SensitivityError | None:
         return BrokenGradientError(f"f hands a tensor that is differentiated to NumPy, at {_line(e, f)}",
                                    "NumPy records nothing, so gradients would silently lack this part of f",
                                    f"the torch function of the same name; {BLACK_BOX}")
-    if "leaf Variable that requires grad" in text or (be.traced and "does not support item assignment" in text):
-        return _in_place(be, f, "u")
+    if "leaf Variable that requires grad" in text or "JAX arrays are immutable" in text:
+        return _in_place(be, "an array", _line(e, f))
     if isinstance(e, TypeError) and "argument" in text and not _accepts(f, e):
         return _wrong_signature(f)
     return None
@@ -564,8 +583,9 @@ def _line(e: BaseException, f: Any) -> str:
 
 
 def _depth() -> int:
-    """`stacklevel` of the first frame outside this package."""
-    root, frame, depth = os.path.dirname(__file__), sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(root):
+    """`stacklevel`, for the caller, of the frame that called this package."""
+    root, frame, depth, found = os.path.dirname(__file__), sys._getframe(1), 1, 1
+    while frame.f_back is not None:
+        found = depth + 1 if frame.f_code.co_filename.startswith(root) else found
         frame, depth = frame.f_back, depth + 1
-    return depth
+    return found

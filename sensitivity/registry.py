@@ -80,7 +80,8 @@ class Registry:
     def backend(self, name: str) -> Any:
         """The backend instance called `name`; imports its framework."""
         if name not in self.backends:
-            raise InputError(f"backend={name!r} is unknown", f"the backends are {', '.join(sorted(self.backends))}",
+            known = ", ".join(sorted(self.backends)) or "none: no plugin of the group 'sensitivity' is installed"
+            raise InputError(f"backend={name!r} is unknown", f"the backends are {known}",
                              "use one of these, or install the plugin that provides it")
         if name not in self._loaded:
             info = self.backends[name]
@@ -97,6 +98,12 @@ class Registry:
         if kind not in self._by_type:
             roots = {k.__module__.split(".")[0] for k in kind.__mro__}
             names = [b.name for b in self.backends.values() if roots & set(b.modules)]
+            if not names and hasattr(x, "dtype") and hasattr(x, "shape"):
+                broken = "".join(f"; plugin {name!r} failed: {why}" for name, why in self.failures.items())
+                raise BackendMissingError(
+                    f"no backend is installed for arrays of type {kind.__module__}.{kind.__qualname__}{broken}",
+                    f"the backends are {', '.join(sorted(self.backends)) or 'none'}",
+                    "install the plugin for this framework, or convert to numpy arrays")
             self._by_type[kind] = names[0] if names else None
         return self._by_type[kind]
 

@@ -11,6 +11,7 @@ from .dense import dense_output
 from .errors import InputError, NumericalDerivativeWarning, SolveError
 from .integrate import RetCode, Run
 from .prepare import prepare
+from .probe import through_ad
 from .solution import Solution, Stats
 from .system import Inputs
 from .vjp import FiniteDifferenceVJP
@@ -60,7 +61,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     """
     if on_failure not in ("raise", "nan", "return"):
         raise InputError(f"on_failure={on_failure!r} is not one of 'raise', 'nan', 'return'", "", "on_failure='raise'")
-    run, x = prepare_options(prob, alg, options)
+    run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     algorithm, run = choose(run, x, checked(sensealg))
     out, aux = run.be.attach(algorithm, run, x)
     return report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
@@ -73,13 +74,14 @@ FOREIGN = {"t_eval": "saveat", "ts": "saveat", "method": "alg", "args": "p (in t
            "abstol": "atol", "reltol": "rtol", "callback": "events", "dense_output": "dense"}
 
 
-def prepare_options(prob: Any, alg: Any, options: dict[str, Any]) -> tuple[Run, Inputs]:
+def prepare_options(prob: Any, alg: Any, options: dict[str, Any],
+                    wrt: tuple[str, ...] | None = None) -> tuple[Run, Inputs]:
     """`prepare` with unknown keywords refused by name."""
     for name in options:
         if name not in KNOWN:
             fix = f"here it is called {FOREIGN[name]}" if name in FOREIGN else f"the keywords are {', '.join(KNOWN)}"
             raise TypeError(f"solve() got an unexpected keyword {name!r}; {fix}")
-    return prepare(prob, alg, **options)
+    return prepare(prob, alg, wrt=wrt, **options)
 
 
 def checked(sensealg: Any) -> Any:
@@ -119,7 +121,7 @@ def report(sol: Solution, run: Run, aux: Aux, on_failure: str) -> Solution:
 def warn_numerical(algorithm: Any) -> None:
     """Say once per call site that `auto` fell back on differences."""
     if algorithm.because and isinstance(algorithm.vjp, FiniteDifferenceVJP):
-        warnings.warn(f"derivatives of f are {algorithm.because[-1]}", NumericalDerivativeWarning, stacklevel=4)
+        warnings.warn(f"derivatives of f are {algorithm.because[-1]}", NumericalDerivativeWarning, stacklevel=3)
 
 
 def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from sensitivity.algorithms.base import Outputs, Tangents
@@ -86,7 +85,7 @@ def attached(algorithm, run, x):
         moved = tangents[0]
         wanted = tuple(n for n in names if any(not isinstance(t, SymbolicZero) for t in jax.tree.leaves(moved[n])))
         out, aux, residuals = algorithm.forward(run, rest._replace(**diff), frozenset(wanted))
-        d = [lax.zeros_like_array(v) if isinstance(t, SymbolicZero) else t
+        d = [jnp.zeros_like(v) if isinstance(t, SymbolicZero) else t
              for n in wanted for t, v in zip(jax.tree.leaves(moved[n]), jax.tree.leaves(diff[n]), strict=True)]
         flat, tree = jax.tree.flatten(residuals)
         shapes = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in d)

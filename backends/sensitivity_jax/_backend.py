@@ -13,6 +13,7 @@ from jax import lax
 from jax._src.core import trace_state_clean
 
 from sensitivity.backend import Backend
+from sensitivity.solution import Gradient, Solution, Stats
 
 from ._attach import attached, plain, task
 from ._loops import BoundedLoops, JaxLoops
@@ -45,6 +46,16 @@ def _shaped(f, t, u, p):
     time_kind = kind if jnp.iscomplexobj(t) else jnp.finfo(kind).dtype
     out = f(jnp.asarray(t, time_kind), u, p)
     return jax.tree.map(lambda x: jnp.asarray(x, kind), out)
+
+
+def _register_results():
+    """Let `jax.jit` return solutions and gradients; problem and dense output stay inside."""
+    for cls in (Stats, Gradient):
+        jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls) if f.name != "sensealg"],
+                                         ["sensealg"] if cls is Gradient else [])
+    jax.tree_util.register_pytree_node(
+        Solution, lambda s: ((s.t, s.u, s.stats, s.retcode, s.n_steps), (s.alg, s.sensealg)),
+        lambda aux, kept: Solution(*kept, None, *aux))
 
 
 class JaxBackend(JaxLoops, Backend):
@@ -162,7 +173,7 @@ class JaxBackend(JaxLoops, Backend):
 
     def differentiable(self):
         if self._through is None:
-            self._through = type("ThroughJax", (BoundedLoops, JaxBackend), {})()
+            self._through = _Through()
         return self._through
 
     # -- derivatives ------------------------------------------------------------------------------------------------
@@ -230,3 +241,10 @@ class JaxBackend(JaxLoops, Backend):
         return jax.eval_shape(f, t, u, p)
 
 
+
+
+class _Through(BoundedLoops, JaxBackend):
+    """The backend with loops of known length."""
+
+
+_register_results()

@@ -56,9 +56,12 @@ class OpenLog(NamedTuple):
         t, h, u = (b[slots] for b in log.records[:3])
         records = Record(t, jnp.where(h == 0.0, 1.0, h).astype(h.dtype), u, None)
         k = log.records.k
+        if k.shape[0] == 0:
+            return records._replace(k=jax.vmap(self.stages)(records))
         if k.shape[0] == log.keep.shape[0]:
             return records._replace(k=k[slots])
-        return records._replace(k=jax.vmap(self.stages)(records))
+        remake = lambda _: jax.vmap(self.stages)(records).astype(k.dtype)  # noqa: E731
+        return records._replace(k=lax.cond(jnp.all(slots < k.shape[0] - 1), lambda s: k[s], remake, slots))
 
 
 class Rows(NamedTuple):

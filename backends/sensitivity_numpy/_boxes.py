@@ -33,6 +33,11 @@ def value(x):
     return x
 
 
+def _like(x, like):
+    """A box in the dtype of `like`: unlike a Python float, a boxed step size would turn float32 into float64."""
+    return x.astype(like.dtype) if isinstance(x, Box) and x.dtype != like.dtype else x
+
+
 class BoxBackend(Backend):
     """Loops that autograd can run through."""
 
@@ -80,8 +85,14 @@ class BoxBackend(Backend):
 
     def vector(self, xs, like):
         if any(isinstance(x, Box) for x in xs):
-            return anp.array(list(xs))
+            return _like(anp.array(list(xs)), like)
         return np.asarray(xs, dtype=like.dtype)
+
+    def combine(self, base, scale, weights, rows):
+        return super().combine(base, _like(scale, rows), weights, rows)
+
+    def recursion(self, a, base, scale, xs, row, carry, first=None):
+        return super().recursion(a, base, _like(scale, base), xs, row, carry, first)
 
     def rms(self, x):
         x = value(x)

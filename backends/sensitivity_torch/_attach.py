@@ -72,6 +72,15 @@ def attach(be, algorithm, run, x):
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
 
 
+def reverse(algorithm, run, residuals, ct, wanted):
+    """`algorithm.reverse`, with what `f` closes over in the state of the solve."""
+    from . import _ahead
+
+    _same_captured(run, residuals.x)
+    with _autodiff.silent(run.field.f.live):
+        return _ahead.reverse(algorithm, run, residuals, ct, wanted)
+
+
 def _aux_of_lanes(be, run, x, summary):
     t, ratio, h = summary[:3].unbind()
     accepted, rejected, nfe, status = summary[3:].to(torch.int64).unbind()
@@ -184,11 +193,8 @@ class Reverse(_Once):
     @staticmethod
     def forward(call, count, *args):
         flat, ct = args[:count], args[count:]
-        run, x = call.run, call.residuals.x
-        field = run.field.f
-        _same_captured(call, run, x)
-        with _autodiff.silent(field.live):
-            bar = call.algorithm.reverse(run, call.residuals, Outputs(*ct, *[None] * (3 - len(ct))), call.wanted)
+        run = call.run
+        bar = reverse(call.algorithm, run, call.residuals, Outputs(*ct, *[None] * (3 - len(ct))), call.wanted)
         if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
             raise SolveError(f"the reverse solve of {call.algorithm.name} failed: {RetCode(int(bar.status)).name}",
                              "the adjoint equation needs more steps than allowed",
@@ -206,7 +212,7 @@ class Reverse(_Once):
         return _loop(Reverse, info.batch_size, in_dims[2:], heads, args)
 
 
-def _same_captured(call, run, x):
+def _same_captured(run, x):
     """A closure or module that changed since the solve would leave a wrong gradient behind."""
     field = run.field.f
     if not field.live:

@@ -8,6 +8,9 @@ from sensitivity.errors import CapturedValueError
 
 from . import _levels
 
+# `torch.autograd.grad` without its checks, which take as long as a small product itself.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
 # -- the user's function ------------------------------------------------------------------------------------------
 
 
@@ -25,7 +28,7 @@ class Field:
         if self.recording and not torch.is_grad_enabled():
             return self._recorded(t, u, p, captured)
         try:
-            return self._call(t, u, p, captured)
+            return self._call(t, u, p, captured) if self.names else self.f(t, u, p)
         except RuntimeError as e:
             if torch.is_grad_enabled() or "does not require grad" not in str(e):
                 raise
@@ -34,13 +37,11 @@ class Field:
         return self._recorded(t, u, p, captured)
 
     def _call(self, t, u, p, captured):
-        if not self.names:
-            return self.f(t, u, p)
         return functional_call(self.f, dict(zip(self.names, captured, strict=False)), (t, u, p))
 
     def _recorded(self, t, u, p, captured):
         with torch.enable_grad():
-            out = self._call(t, _leaves(self.be, u)[1], p, captured)
+            out = self(t, _leaves(self.be, u)[1], p, *captured)
         return _mapped(self.be, torch.Tensor.detach, out)
 
 
@@ -111,7 +112,7 @@ def hoist(be, f, t, u, p):
         return Field(be, f), ()
     names, given = (), ()
     if active and isinstance(f, torch.nn.Module):
-        own = [*f.named_parameters(), *f.named_buffers()]
+        own = [*f.namedparameters(), *f.named_buffers()]
         moved = [(k, v) for k, v in own if _levels.wrapped(v) or _levels.dual(v)]
         names, given = tuple(k for k, _ in moved), tuple(v for _, v in moved)
     field = Field(be, f, names)
@@ -127,7 +128,7 @@ def hoist(be, f, t, u, p):
 # -- products -----------------------------------------------------------------------------------------------------
 
 
-class _Silent:
+class silent:
     """Hooks of parameters wait until their gradient is complete."""
 
     def __init__(self, tensors):
@@ -143,10 +144,8 @@ class _Silent:
             h.update(kept)
 
 
-silent = _Silent
 
-
-def _parameters(theta, params):
+def parameters(theta, params):
     """Parameters to differentiate with respect to; one that requires grad is what `f` closes over, and stays."""
     return tuple(x if x.requires_grad or not params else x.detach().requires_grad_() for x in theta)
 
@@ -154,7 +153,7 @@ def _parameters(theta, params):
 def vjp(f, theta, time, params):
     """`pull(t, u, ct)`; see `Backend.vjp`."""
     captured = any(x.requires_grad for x in theta)
-    leaves = _parameters(theta, params)
+    leaves = parameters(theta, params)
     rhs = f(leaves)
     wanted = leaves if params else ()
     zeros = [torch.zeros_like(x, requires_grad=False) for x in wanted]
@@ -167,7 +166,7 @@ def vjp(f, theta, time, params):
         if not out.requires_grad:
             return torch.zeros_like(ct), tuple(zeros), 0.0
         inputs = (u, *wanted, t) if time else (u, *wanted)
-        u_bar, *bars = torch.autograd.grad(out, inputs, ct.to(out.dtype), captured, allow_unused=True)
+        u_bar, *bars = _run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
         t_bar = bars.pop() if time else None
         bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
         return torch.zeros_like(ct) if u_bar is None else u_bar, bars, 0.0 if t_bar is None else t_bar.item()
@@ -177,7 +176,7 @@ def vjp(f, theta, time, params):
 
 def jvp(f, theta, d_theta):
     """`push(t, u, du, dt)`: the product with the transposed derivative is linear, and its transpose is wanted."""
-    leaves = _parameters(theta, True)
+    leaves = parameters(theta, True)
     rhs = f(leaves)
 
     def push(t, u, du, dt):

@@ -10,6 +10,9 @@ from sensitivity.backend import Backend
 from . import _attach, _autodiff, _levels
 
 
+POOLED = 4096
+
+
 class TorchBackend(Backend):
     """Backend for one dtype and device (see `bound`); its loops run where autograd records nothing."""
 
@@ -19,7 +22,7 @@ class TorchBackend(Backend):
 
     def __init__(self, dtype=torch.float64, device=None):
         self.dtype, self._device = dtype, device
-        self._bound, self._constants, self._through = {}, {}, None
+        self._bound, self._constants, self._pool, self._through = {}, {}, {}, None
 
     def bound(self, like):
         key = like.dtype, like.device
@@ -85,8 +88,10 @@ class TorchBackend(Backend):
         return torch.linalg.vector_norm(x).item() / math.sqrt(x.shape[0]) if x.shape[0] else 0.0
 
     def scaled(self, e, u0, u1, rtol, atol):
-        scale = torch.maximum(u0.abs(), u1.abs())
-        return e / scale.mul_(rtol).add_(atol)
+        size = torch.maximum(u0.abs(), u1.abs())
+        if isinstance(atol, float) and isinstance(rtol, float):
+            return e / torch.add(self._constant(atol), size, alpha=rtol)
+        return e / size.mul_(rtol).add_(atol)
 
     def zeros(self, arrays):
         return tuple(torch.zeros_like(x, requires_grad=False) for x in arrays)
@@ -99,47 +104,69 @@ class TorchBackend(Backend):
 
     # -- small matrices -------------------------------------------------------------------------------------------
 
-    def _constant(self, numbers, like):
-        """A nested tuple of numbers as a tensor, rows filled up with zeros; made once."""
-        key = numbers, like.dtype, like.device
+    def _constant(self, numbers):
+        """Numbers as a tensor, made once."""
+        found = self._constants.get(numbers)
+        if found is None:
+            found = self._constants[numbers] = torch.tensor(numbers, dtype=self.dtype, device=self._device)
+        return found
+
+    def _rows(self, a):
+        """The rows of a tableau as tensors; None for a row of zeros."""
+        key = "rows", a
         found = self._constants.get(key)
         if found is None:
-            if isinstance(numbers[0], tuple):
-                width = max(map(len, numbers))
-                rows = [[*row, *[0.0] * (width - len(row))] for row in numbers]
-            else:
-                rows = numbers
-            found = self._constants[key] = torch.tensor(rows, dtype=like.dtype, device=like.device)
+            found = self._constants[key] = [self._constant(row) if any(row) else None for row in a]
         return found
+
+    def _square(self, a):
+        """A tableau as one matrix."""
+        key = "square", a
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = self._constant(tuple((*row, *[0.0] * (len(a) - len(row))) for row in a))
+        return found
+
+    def _work(self, s, n):
+        """Buffer for `s` vectors with its rows, and for every i the matrix of the first i rows as columns."""
+        pool = self._pool.setdefault((s, n), [])
+        if pool:
+            return pool, pool.pop()
+        out = torch.empty((s, n), dtype=self.dtype, device=self._device)
+        return pool, (out, out.unbind(), [out[:i].t() for i in range(s)])
 
     def recursion(self, a, base, scale, xs, row, carry, first=None):
         s, n = len(a), base.shape[-1]
-        out = torch.empty((s, n), dtype=base.dtype, device=base.device)
-        rows = out.unbind()
+        pool, work = self._work(s, n)
+        out, rows, columns = work
         bases = None if base.ndim == 1 else base.unbind()
         start = 0
         if first is not None:
             rows[0].copy_(first)
             start = 1
+        weights = self._rows(a)
         for i in range(start, s):
             v = base if bases is None else bases[i]
-            if any(a[i]):
-                v = torch.addmv(v, out.as_strided((n, i), (1, n)), self._constant(a[i], base), alpha=scale)
+            if weights[i] is not None:
+                v = torch.addmv(v, columns[i], weights[i], alpha=scale)
             carry, x = row(carry, [x[i] for x in xs], v)
             rows[i].copy_(x)
+        out = out.clone()
+        if n <= POOLED:
+            pool.append(work)
         return carry, out
 
     def combine(self, base, scale, weights, rows):
-        w = self._constant(weights, rows)
+        w = self._constant(weights)
         if base is None:
             return torch.addmv(rows[0], rows.t(), w, beta=0, alpha=scale)
         return torch.addmv(base, rows.t(), w, alpha=scale)
 
     def inputs(self, a, base, scale, rows):
-        return torch.addmm(base, self._constant((*a[:-1], (*a[-1], 0.0)), rows), rows, alpha=scale).unbind()
+        return torch.addmm(base, self._square(a), rows, alpha=scale).unbind()
 
     def seeds(self, b, h, lam, rows, last):
-        out = torch.outer(self._constant(b, lam), lam).mul_(h)
+        out = torch.outer(self._constant(b), lam).mul_(h)
         if rows is not None:
             out += rows
         if last is not None:
@@ -147,12 +174,16 @@ class TorchBackend(Backend):
         return out
 
     def permuted_rows(self, rows, order):
-        return rows[list(order)]
+        key = "order", order
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = torch.tensor(order, device=self._device)
+        return rows.index_select(0, found)
 
     def poly(self, coefficients, x, like):
         if any(isinstance(v, torch.Tensor) for v in x):
             return super().poly(coefficients, x, like)
-        columns = self._constant(coefficients, like).t()
+        columns = self._constant(coefficients).t()
         return self.vector([[v**k for k in range(columns.shape[0])] for v in x], like) @ columns
 
     # -- derivatives ----------------------------------------------------------------------------------------------
@@ -161,9 +192,10 @@ class TorchBackend(Backend):
         return torch.no_grad()
 
     def run(self, algorithm, name, run, args, wanted):
-        if name == "forward":
-            args = (_attach.bare(run, args[0]),)
-        return super().run(algorithm, name, run, args, wanted)
+        with torch.no_grad():
+            if name == "forward":
+                return algorithm.forward(run, _attach.bare(run, *args), wanted)
+            return _attach.reverse(algorithm, run, *args, wanted)
 
     def attach(self, algorithm, run, x):
         return _attach.attach(self, algorithm, run, x)
@@ -197,7 +229,7 @@ class _Differentiable(TorchBackend):
     def times(self, t, h, c):
         if not isinstance(h, torch.Tensor):
             return super().times(t, h, c)
-        return (t + h * self._constant(c, h)).to(self.dtype.to_real()).unbind()
+        return (t + h * self._constant(c).to(h.dtype)).to(self.dtype.to_real()).unbind()
 
     def rms(self, x):
         return super().rms(x.detach())
@@ -216,5 +248,5 @@ class _Differentiable(TorchBackend):
         return carry, torch.stack(rows)
 
     def combine(self, base, scale, weights, rows):
-        out = torch.mv(rows.t(), self._constant(weights, rows) * scale)
+        out = torch.mv(rows.t(), self._constant(weights) * scale)
         return out if base is None else base + out

@@ -71,13 +71,19 @@ class AutogradBackend(BoxBackend):
 
     def hoist(self, f, t, u, p):
         """autograd cannot list what `f` closes over, but a box in the result of plain arguments gives it away."""
-        leaves, structure = self.flatten((u, p))
-        out = f(value(t), *self.unflatten(structure, [value(x) for x in leaves]))
+        out = self.evaluate(f, t, u, p)
         if any(isinstance(x, Box) for x in self.flatten(out)[0]):
             raise CapturedValueError("f closes over a value that autograd is differentiating",
                                      "what f closes over cannot be reached under autograd",
                                      "pass the value through p: ODEProblem(f, u0, tspan, p)")
         return f, ()
+
+    def evaluate(self, f, t, u, p):
+        leaves, structure = self.flatten((u, p))
+        return f(value(t), *self.unflatten(structure, [value(x) for x in leaves]))
+
+    def copy(self, x):
+        return np.array(value(x))
 
     def vjp(self, f, theta, time, params):
         return registry().backend("numpy").vjp(f, tuple(value(v) for v in theta), time, params)

@@ -149,7 +149,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     end, kept = integrate(run, tab, rhs, s, x.u0, x.rtol, x.atol, sink=sink,
                           limit=None if sink is None else run.capacity)
     log = kept
-    if keep or run.dense:
+    if keep or run.dense or run.saves == "steps":
         kept = be.reopen(kept, restage(be, tab, rhs))
     if timed:
         u = kept

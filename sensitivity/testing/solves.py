@@ -34,15 +34,16 @@ def lotka_volterra(h: Harness, dtype: Any = None) -> ODEProblem:
 
 
 def decay(h: Harness, t0: float = T0, t1: float = T1) -> ODEProblem:
+    """`u' = -k t u`, with time in it, so that derivatives in time have more than one part."""
     return ODEProblem(_decay, h.array(U0), (h.array(t0), h.array(t1)), h.array(K))
 
 
 def _decay(t: Any, u: Any, p: Any) -> Any:
-    return -p * u
+    return -p * t * u
 
 
 def decayed(t: float, t0: float = T0) -> list[float]:
-    return [u * math.exp(-k * (t - t0)) for u, k in zip(U0, K, strict=True)]
+    return [u * math.exp(-k * (t * t - t0 * t0) / 2) for u, k in zip(U0, K, strict=True)]
 
 
 def serves(h: Harness, algorithm: SensitivityAlgorithm, solve_it: Any) -> Any:
@@ -155,32 +156,38 @@ def check_times(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     for t0, t1 in ((T0, T1), (T1, T0)):
         times = [1.0, t0, t1, 1.0, 1.7]
         w = [[1.0, -2.0], [0.5, 3.0], [-1.5, 2.5], [4.0, 0.25], [2.0, 1.0]]
-        moves = [sum(-a * k * v for a, k, v in zip(row, K, decayed(t, t0), strict=True))
-                 for row, t in zip(w, times, strict=True)]
+        rows = list(zip(w, times, strict=True))
         options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
         r = serves(h, algorithm, lambda t0=t0, t1=t1, times=times, w=w, options=options: h.gradient(
             decay(h, t0, t1), Tsit5(), algorithm, h.array(w), saveat=h.array(times),
             wrt=("u0", "p", "t0", "t1", "saveat"), **options))
         if r is None:
             return
-        rows = list(zip(w, times, strict=True))
-        h.close(r.u0, [sum(a[m] * math.exp(-K[m] * (t - t0)) for a, t in rows) for m in range(2)], 1e-7, "u0")
-        h.close(r.p, [sum(-a[m] * (t - t0) * decayed(t, t0)[m] for a, t in rows) for m in range(2)], 1e-7, "p")
-        h.close(r.saveat, moves, 1e-6, "saveat")
-        h.close(r.t0, -sum(moves), 1e-6, "t0")
+        half = [(t * t - t0 * t0) / 2 for t in times]
+        h.close(r.u0, [sum(a[m] * math.exp(-K[m] * x) for a, x in zip(w, half, strict=True)) for m in range(2)], 1e-7,
+                "u0")
+        h.close(r.p, [sum(-a[m] * x * decayed(t, t0)[m] for (a, t), x in zip(rows, half, strict=True))
+                      for m in range(2)], 1e-7, "p")
+        h.close(r.saveat, [_moved(a, t, t, t0) for a, t in rows], 1e-6, "saveat")
+        h.close(r.t0, -sum(_moved(a, t, t0, t0) for a, t in rows), 1e-6, "t0")
         h.close(r.t1, 0.0, 1e-6, "t1")
 
         r = h.gradient(decay(h, t0, t1), Tsit5(), algorithm, h.array(w[:1]), wrt=("t0", "t1"), **options)
-        move = sum(-a * k * v for a, k, v in zip(w[0], K, decayed(t1, t0), strict=True))
-        h.close([*h.numbers(r.t0), *h.numbers(r.t1)], [-move, move], 1e-7, "t0, t1 without saveat")
+        h.close([*h.numbers(r.t0), *h.numbers(r.t1)], [-_moved(w[0], t1, t0, t0), _moved(w[0], t1, t1, t0)], 1e-7,
+                "t0, t1 without saveat")
         require(r.u0 is None and r.p is None and r.saveat is None, "something came back that was not asked for")
 
         r = h.gradient(decay(h, t0, t1), Tsit5(), algorithm, h.array(w[:3]), saveat=3, wrt=("t0", "t1"), **options)
-        middle = 0.5 * (t0 + t1)
-        moves = [sum(-a * k * v for a, k, v in zip(w[i], K, decayed(t, t0), strict=True))
-                 for i, t in enumerate((t0, middle, t1))]
-        h.close(r.t0, -0.5 * moves[1] - moves[2], 1e-6, "t0 with saveat=3")
-        h.close(r.t1, 0.5 * moves[1] + moves[2], 1e-6, "t1 with saveat=3")
+        ts, part = (t0, 0.5 * (t0 + t1), t1), (0.0, 0.5, 1.0)
+        h.close(r.t0, sum((1.0 - c) * _moved(a, t, t, t0) - _moved(a, t, t0, t0)
+                          for a, t, c in zip(w[:3], ts, part, strict=True)), 1e-6, "t0 with saveat=3")
+        h.close(r.t1, sum(c * _moved(a, t, t, t0) for a, t, c in zip(w[:3], ts, part, strict=True)), 1e-6,
+                "t1 with saveat=3")
+
+
+def _moved(w: list[float], t: float, s: float, t0: float) -> float:
+    """`w . u(t)` times the rate at time s: the derivative in t for s = t, minus that in t0 for s = t0."""
+    return sum(-a * k * s * v for a, k, v in zip(w, K, decayed(t, t0), strict=True))
 
 
 def check_tree(h: Harness, algorithm: SensitivityAlgorithm) -> None:
@@ -277,6 +284,8 @@ def check_attached(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     require(found is not None, "the framework's AD does not see through solve")
     r = h.gradient(prob, Tsit5(), algorithm, h.array([[1.0, 2.0], [-1.0, 0.5], [3.0, 1.0]]), saveat=ts, rtol=1e-8,
                    atol=1e-8)
-    h.close(found[0], h.numbers(r.value), 1e-12, "value")
-    # One algorithm by two doors; a compiled and an eager run may round differently.
-    h.close(found[1], [*h.numbers(r.u0), *h.numbers(r.p)], 1e-9, "u0, p")
+    # One algorithm by two doors. A compiled and an eager run may round differently; an algorithm that is not exact
+    # may integrate more columns, with other steps, when it cannot know what will be asked for.
+    tol = 1e-9 if algorithm.exact else 1e-6
+    h.close(found[0], h.numbers(r.value), tol, "value")
+    h.close(found[1], [*h.numbers(r.u0), *h.numbers(r.p)], tol, "u0, p")

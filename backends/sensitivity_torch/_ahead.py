@@ -1,0 +1,134 @@
+"""The reverse sweep of small systems with all products made ahead.
+
+The states at which the discrete adjoint needs derivatives are known before the sweep starts. So `f` is evaluated at a
+block of them at once under `vmap`, its Jacobians are read off the graph row by row, the sweep multiplies by small
+matrices, and one product at the end of the block serves the parameters.
+"""
+
+import warnings
+from dataclasses import replace
+
+import torch
+
+from sensitivity.algorithms.discrete import RecursiveCheckpointAdjoint
+from sensitivity.vjp import ReverseVJP
+
+from . import _autodiff
+from ._backend import TorchBackend
+
+LARGEST = 16
+BLOCK = 48
+
+
+def reverse(algorithm, run, residuals, ct, wanted):
+    """`algorithm.reverse`, ahead where that pays and `f` allows it."""
+    if type(algorithm) is RecursiveCheckpointAdjoint and type(run.vjp) is ReverseVJP:
+        if residuals.x.u0.shape[0] <= LARGEST and len(residuals.log) > 3:
+            sweep = _Sweep(run, residuals.x)
+            try:
+                return sweep.reverse(algorithm, residuals, ct, wanted)
+            except _Refused:
+                pass
+    return algorithm.reverse(run, residuals, ct, wanted)
+
+
+class _Refused(Exception):
+    """`f` cannot be evaluated at many points at once."""
+
+
+class _Sweep(TorchBackend):
+    """A backend whose times are numbers of points in the block at hand, and the VJP choice that goes with it."""
+
+    def __init__(self, run, x):
+        super().__init__(run.be.dtype, run.be._device)
+        self._constants = run.be._constants
+        self.tableau, self.x = run.tableau, x
+        self.original = run
+        self.graph = None
+
+    def reverse(self, algorithm, residuals, ct, wanted):
+        bar = algorithm.reverse(replace(self.original, be=self, vjp=self), residuals, ct, wanted)
+        self._close()
+        return bar._replace(theta=self.theta)
+
+    # -- as a VJP choice ------------------------------------------------------------------------------------------
+
+    def pullback(self, run, x, *, time, params):
+        be = self.original.be
+        self.leaves = _autodiff.parameters(x.theta, params)
+        self.wanted = self.leaves if params else ()
+        self.rhs = torch.func.vmap(run.field.bind(be, self.leaves, x.constants))
+        self.theta = be.zeros(self.wanted)
+        self.timed = time
+        return self._pull
+
+    def _pull(self, k, u, ct):
+        self.handed[k].copy_(ct)
+        moved = torch.vdot(self.in_time[k], ct).real.item() if self.timed else 0.0
+        return torch.mv(self.jacobians[k], ct), (), moved
+
+    # -- as a backend ---------------------------------------------------------------------------------------------
+
+    def add(self, a, b):
+        return a
+
+    def time(self, t):
+        return 0
+
+    def times(self, t, h, c):
+        return range(self.start, self.start + len(c))
+
+    def inputs(self, a, base, scale, rows):
+        return super().inputs(a, base, scale, rows) if self.timed else (None,) * len(a)
+
+    def replay(self, body, state, log, extra=None):
+        s, last = self.tableau.stages, len(log) - 1
+        for stop in range(len(log), 0, -BLOCK):
+            first = max(stop - BLOCK, 0)
+            self._close()
+            self._open(log[first:stop])
+            for n in reversed(range(first, stop)):
+                self.start = (n - first) * s
+                state = body(state, log[n], None if extra is None else extra[n], n == last)
+        return state
+
+    def _open(self, log):
+        """Evaluate `f` at all stages of some steps, and its Jacobians."""
+        tab = self.tableau
+        u, k = torch.stack([r.u for r in log]), torch.stack([r.k for r in log])
+        h = torch.tensor([r.h for r in log], dtype=u.dtype, device=u.device)[:, None, None]
+        t = [r.t + c * r.h for r in log for c in tab.c]
+        u = u[:, None, :] + h * (self._square(tab.a) @ k)
+        u = u.flatten(0, 1).requires_grad_()
+        t = torch.tensor(t, dtype=self.dtype.to_real(), device=u.device, requires_grad=self.timed)
+        try:
+            with torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out = self.rhs(t, u)
+        except Exception as e:  # whatever keeps a user's function from being batched
+            raise _Refused from e
+        k = k.flatten(0, 1)
+        if out.shape != k.shape or out.dtype != k.dtype or not out.requires_grad:
+            raise _Refused
+        close = 1e5 * torch.finfo(k.dtype).eps
+        if not torch.allclose(out, k, rtol=close, atol=close * max(k.abs().max().item(), 1e-300)):
+            raise _Refused
+        rows = []
+        for i in range(u.shape[1]):
+            ct = torch.zeros_like(k)
+            ct[:, i] = 1.0
+            g = torch.autograd.grad(out, (u, t) if self.timed else (u,), ct, retain_graph=True, allow_unused=True)
+            rows.append([torch.zeros_like(v) if w is None else w for w, v in zip(g, (u, t), strict=False)])
+        columns = [torch.stack(x, -1) for x in zip(*rows, strict=True)]
+        self.jacobians = columns[0].unbind()
+        self.in_time = columns[1].to(k.dtype).unbind() if self.timed else None
+        self.graph, self.block = out, torch.zeros_like(k)
+        self.handed = self.block.unbind()
+
+    def _close(self):
+        """The parameters' share of a block."""
+        if self.graph is not None and self.wanted:
+            captured = any(x.requires_grad for x in self.x.theta)
+            bars = torch.autograd.grad(self.graph, self.wanted, self.block, captured, allow_unused=True)
+            self.theta = tuple(x if y is None else x.add_(y) for x, y in zip(self.theta, bars, strict=True))
+        self.graph = None
