@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +43,7 @@ def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
         vjp, reason = choose_vjp(run, x)
         because += (reason,)
     elif missing := vjp.missing(run):
-        raise UnsupportedCombination(f"{vjp.name} cannot be used: {missing}", "",
+        raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,
                                      "vjp=FiniteDifferenceVJP() serves any f; vjp=auto chooses")
     run = replace(run, vjp=vjp)
     sensealg.refuse(run)

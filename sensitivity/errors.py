@@ -8,7 +8,8 @@ from typing import Any
 class SensitivityError(Exception):
     """Base of every error raised here; `code` is stable and listed in the documentation.
 
-    All state lives in `args`, so instances pickle across process pools.
+    `args` are what was seen, why it matters, and what to type instead; all state lives there, so instances pickle
+    across process pools.
     """
 
     code = "SN100"
@@ -27,31 +28,32 @@ class SensitivityError(Exception):
 
 
 class SignatureError(SensitivityError, TypeError):
-    """`f` cannot be called as `f(t, u, p)`."""
+    """`f` cannot be called as `f(t, u, p)`: it takes fewer or more arguments, or is not callable."""
 
     code = "SN101"
 
 
 class OutputError(SensitivityError, ValueError):
-    """`f` returned something that does not have the structure, shape or dtype of `u0`."""
+    """`f` returned something that does not have the structure, shape or kind of `u`, or takes its arguments in another
+    order, so that it would."""
 
     code = "SN102"
 
 
 class ImpureFunctionError(SensitivityError, ValueError):
-    """`f` changes its arguments or gives two answers for one input."""
+    """`f` changes its arguments in place, or gives two answers for one input (random numbers, hidden state)."""
 
     code = "SN103"
 
 
 class BrokenGradientError(SensitivityError, ValueError):
-    """The framework's AD cannot see through `f`."""
+    """The framework's AD cannot see through `f` (detached, `.item()`, NumPy): gradients would silently lack a part."""
 
     code = "SN104"
 
 
 class TracingError(SensitivityError, TypeError):
-    """`f` needs the value of something that is only traced."""
+    """`f` needs the value of something that is only traced: a Python `if`, `float()`, or a NumPy function in JAX."""
 
     code = "SN105"
 
@@ -63,19 +65,19 @@ class MixedFrameworksError(SensitivityError, TypeError):
 
 
 class InputError(SensitivityError, ValueError):
-    """An argument has a value outside what is accepted."""
+    """An argument has a value that is not accepted; base of the two that follow."""
 
     code = "SN107"
 
 
 class TimesError(InputError):
-    """Times lie outside `tspan` or are not numbers."""
+    """Times lie outside `tspan`, or are not numbers."""
 
     code = "SN108"
 
 
 class ToleranceError(InputError):
-    """A tolerance cannot be met in the dtype of the state."""
+    """A tolerance cannot be met in the precision of the state, or is no positive number."""
 
     code = "SN109"
 
@@ -115,7 +117,7 @@ class SolveError(SensitivityError, RuntimeError):
     solution = property(lambda self: self.args[5])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self.args[:5], None)
+        return type(self), (*self.args[:5], None), self.__dict__ or None
 
 
 class BackendMissingError(SensitivityError, ImportError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .algorithms.base import Aux, Cotangents, Outputs
 from .choose import auto, choose
-from .errors import InputError, NumericalDerivativeWarning, SolveError
+from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
 from .integrate import RetCode, Run
 from .probe import through_ad
-
 from .solution import Gradient
 from .solve import build, checked, prepare_options, report, warn_numerical
 from .system import Inputs
@@ -53,15 +53,18 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
         if name not in NAMES:
-            raise InputError(f"wrt holds {name!r}", "", f"choose from {', '.join(NAMES)}")
+            raise InputError(f"wrt holds {name!r}", "a problem has no such part",
+                             f"choose from {', '.join(NAMES)}")
     if loss is None or not callable(loss):
-        raise InputError("loss is not callable", "", "loss=lambda sol: (sol.u ** 2).sum()")
+        raise InputError("loss is not callable", "a gradient is that of a number",
+                         "loss=lambda sol: (sol.u ** 2).sum()")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
     if "p" in names and not x.theta:
         raise InputError("wrt holds 'p', but the problem has no floating-point parameters",
                          "nothing can be differentiated", "ODEProblem(f, u0, tspan, p), or wrt='u0'")
     if "saveat" in names and run.saves != "ts":
-        raise InputError("wrt holds 'saveat', but saveat is not an array of times", "", "saveat=np.array([...])")
+        raise InputError("wrt holds 'saveat', but saveat is not an array of times", "there is nothing to vary",
+                         "saveat=np.array([...])")
     algorithm, run = choose(run, x, checked(sensealg))
     warn_numerical(algorithm)
     wanted = frozenset("theta" if n == "p" else n for n in names)
@@ -92,22 +95,28 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
              on_failure: str) -> Gradient:
     """The framework's own AD through solve and loss."""
     be = run.be
-    order = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
-    kept: list[Any] = []
+    order: list[str] = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
+    boxed = replace(run, be=be.differentiable())
+    k = run.field.p.count
 
     def total(*arrays: Any) -> Any:
-        out, aux = algorithm.plain(run, _replaced(x, order, arrays))
-        kept[:] = [out, aux]
-        return loss(build(prob, run, _replaced(x, order, arrays), algorithm, out, aux))
+        moved = _replaced(x, order, arrays)
+        inner = prob.remake(p=run.field.p.join(be, moved.theta[:k], x.constants)) if k else prob
+        return loss(build(inner, boxed, moved, algorithm, *algorithm.plain(run, moved)))
 
     if dloss is not None:
         raise InputError("dloss= cannot be used with DirectAdjoint", "the framework differentiates the loss itself",
                          "leave dloss out, or sensealg=RecursiveCheckpointAdjoint()")
-    arrays = _selected(x, order)
-    value, grads = be.loss_vjp(total, arrays)
+    answer = be.loss_vjp(total, _selected(x, order))
+    if answer is None:
+        raise UnsupportedCombination(f"{be.name} AD fails on the solve or on the loss", f"{algorithm.name} needs it for both",
+                                     f"write f and loss in the AD's namespace{be.how_to_get_ad}, or "
+                                     "sensealg=RecursiveCheckpointAdjoint() with dloss=")
+    value, grads = answer
     out, aux = algorithm.plain(run, x)
     sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
-    bars, rest = {}, list(grads)
+    bars: dict[str, Any] = {}
+    rest = list(grads)
     for name in order:
         take = len(x.theta) if name == "theta" else 1
         bars[name] = tuple(rest[:take]) if name == "theta" else rest[0]
@@ -159,8 +168,8 @@ def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs,
         leaves = [be.asarray(v, dtype=out.u.dtype) for v in be.flatten(dloss(sol))[0]]
         shapes = tuple((out.u.shape[0], *s) for s in layout.shapes)
         if tuple(tuple(v.shape) for v in leaves) != shapes:
-            raise InputError(f"dloss(sol) has shapes {[tuple(v.shape) for v in leaves]}, sol.u has {list(shapes)}", "",
-                             "return the derivative of the loss with respect to sol.u")
+            raise InputError(f"dloss(sol) has shapes {[tuple(v.shape) for v in leaves]}, sol.u has {list(shapes)}",
+                             "it weighs each output", "return the derivative of the loss with respect to sol.u")
         return loss(sol), Outputs(layout.ravel(be, leaves, batch=1), *_zeros(be, out)), {}
 
     k = run.field.p.count
@@ -188,8 +197,8 @@ def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs,
 
 def _check_scalar(value: Any) -> None:
     if getattr(value, "ndim", 0) != 0:
-        raise InputError(f"loss returned shape {tuple(value.shape)}, expected a scalar", "a gradient belongs to one number",
-                         "sum or average it: lambda sol: (sol.u ** 2).sum()")
+        raise InputError(f"loss returned shape {tuple(value.shape)}, expected a scalar",
+                         "a gradient belongs to one number", "sum or average it: lambda sol: (sol.u ** 2).sum()")
 
 
 def _zeros(be: Any, out: Outputs) -> tuple[Any, Any]:
@@ -208,7 +217,8 @@ def _differences(be: Any, loss: Callable, arrays: tuple[Any, ...]) -> tuple[Any,
             e = step * max(1.0, abs(float(flat[j])))
             unit = be.unit_rows(1, flat.shape[0], -j, flat)[0, :]
             plus, minus = (be.xp.reshape(flat + d * unit, a.shape) for d in (e, -e))
-            entries.append(float(loss(*arrays[:i], plus, *arrays[i + 1:]) - loss(*arrays[:i], minus, *arrays[i + 1:])) / (2 * e))
+            up, down = (float(loss(*arrays[:i], v, *arrays[i + 1:])) for v in (plus, minus))
+            entries.append((up - down) / (2 * e))
         grads.append(be.xp.reshape(be.vector(entries, flat), a.shape))
     return loss(*arrays), tuple(grads)
 

@@ -121,7 +121,9 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
             assert k0 is not None
             h = initial_step(run, tab, rhs, s, u0, k0, rtol, atol, norm)
     length = abs(s.t1 - s.t0)
-    tiny = 16.0 * be.eps(be.time_dtype(u0.dtype)) * be.greatest(abs(s.t0), abs(s.t1)) if run.dtmin is None else run.dtmin
+    tiny = run.dtmin
+    if tiny is None:
+        tiny = 16.0 * be.eps(be.time_dtype(u0.dtype)) * be.greatest(abs(s.t0), abs(s.t1))
     k = tab.order
     delta = None if s.shift is None else s.shift[1] - s.shift[0]
 
@@ -149,8 +151,9 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
                            state.status)
         if run.progress is not None:
             be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
-        new = State(t, h_next, *be.choose(keep, (u1, K[-1, :] if tab.fsal else None), (state.u, state.k)), memory,
-                    ratio, state.accepted + be.choose(keep, 1, 0), state.rejected + be.choose(keep, 0, 1), status)
+        u, k_next = be.choose(keep, (u1, K[-1, :] if tab.fsal else None), (state.u, state.k))
+        new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
+                    state.rejected + be.choose(keep, 0, 1), status)
         return new, record, keep
 
     def running(state: State) -> Any:

@@ -59,7 +59,7 @@ class RungeKutta:
 
     def tableau(self, dense: bool) -> Tableau:
         """The form in use: with `f(t1, u1)` as last stage when errors are controlled or dense output needs it."""
-        return _form(self.base, dense and self.base.dense is None or self.adaptive)
+        return _form(self.base, (dense and self.base.dense is None) or self.adaptive)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 from . import probe as first_call
@@ -30,28 +31,31 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     InputError, TimesError, ToleranceError, UnsupportedCombination, and the errors of the first-call check.
     """
     if not isinstance(prob, ODEProblem):
-        raise InputError(f"prob is {type(prob).__name__}, not a problem", "",
+        raise InputError(f"prob is {type(prob).__name__}, not a problem", "f, u0, tspan and p go together",
                          "sa.solve(sa.ODEProblem(f, u0, tspan, p), sa.Tsit5())")
     method = Tsit5() if alg is None else alg
     if isinstance(method, type):
-        raise InputError(f"alg={method.__name__} is a class, not a method", "", f"alg={method.__name__}()")
+        raise InputError(f"alg={method.__name__} is a class, not a method", "methods have options",
+                         f"alg={method.__name__}()")
     if not isinstance(method, RungeKutta):
-        raise InputError(f"alg={alg!r} is not a method", "", "alg=sa.Tsit5()")
+        raise InputError(f"alg={alg!r} is not a method", "methods are objects, not names", "alg=sa.Tsit5()")
     if prob.mass_matrix is not None:
         raise UnsupportedCombination(f"{method.name} cannot use a mass matrix", "explicit methods solve u' = f",
                                      "multiply f by the inverse of a nonsingular M")
     if events is not None:
-        raise UnsupportedCombination("events are not available", "", "split the solve at known times with remake")
+        raise UnsupportedCombination("events are not available", "no method here looks for them",
+                                     "split the solve at known times with remake")
     _choice("probe", probe, ("raise", "warn", "off"))
 
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
     u_leaves, u_structure = be.flatten(prob.u0)
     if not u_leaves:
-        raise InputError(f"u0={prob.u0!r} holds no numbers", "", "u0=np.array([1.0, 0.0])")
+        raise InputError(f"u0={prob.u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
     kind = _state_dtype(be, u_leaves, dtype)
     u_leaves = [_state(be, v, kind, device) for v in u_leaves]
     u_layout = Layout(u_structure, tuple(tuple(v.shape) for v in u_leaves))
     u0 = u_layout.ravel(be, u_leaves)
+    kind = u0.dtype
     be = be.bound(u0)
     partition, theta, constants = Partition.of(be, prob.p)
     t0, t1 = (_time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
@@ -69,9 +73,9 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1)
     run = Run(
         be=be, backend=be.name, field=Field(f, u_layout, partition), method=method, controller=controller, vjp=None,
-        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt, dtmin=_positive("dtmin", dtmin),
-        dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1), max_steps=max_steps, capacity=capacity,
-        norm=norm, progress=_progress(progress),
+        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt,
+        dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
+        max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress),
     )
     return run, Inputs(u0, (*theta, *captured), t0, t1, times, constants, rtol, atol)
 
@@ -88,28 +92,27 @@ def _labelled(prob: ODEProblem, saveat: Any) -> list[tuple[str, Any]]:
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}", "", f"{name}={allowed[0]!r}")
+        names = ", ".join(map(repr, allowed))
+        raise InputError(f"{name}={value!r} is none of the possible values", f"they are {names}",
+                         f"{name}={allowed[0]!r}")
 
 
 def _state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:
     """The common floating dtype of the state; whole numbers become the backend's default float."""
     if dtype is not None:
         return dtype
-    kinds = [x.dtype for x in leaves if be.is_array(x) and be.is_float(x)]
+    kinds = [be.asarray(x).dtype for x in leaves if be.is_array(x) and be.is_float(x)]
     if kinds:
         return kinds[0] if len(kinds) == 1 else be.xp.result_type(*kinds)
     return be.xp.complex128 if any(isinstance(x, complex) for x in leaves) else be.default_float()
 
 
 def _state(be: Any, x: Any, dtype: Any, device: Any) -> Any:
-    if be.is_array(x):
-        if x.dtype == dtype and device is None:
-            return x
-        return be.asarray(x, dtype=dtype, device=device)
     try:
         return be.asarray(x, dtype=dtype, device=device)
     except (TypeError, ValueError) as e:
-        raise InputError(f"u0 holds a {type(x).__name__}, which is no array", "", "u0=np.array([1.0, 0.0])") from e
+        raise InputError(f"u0 holds a {type(x).__name__}, which is no array", "a state consists of numbers",
+                         "u0=np.array([1.0, 0.0])") from e
 
 
 def _time(be: Any, t: Any, name: str, like: Any) -> Any:
@@ -117,12 +120,14 @@ def _time(be: Any, t: Any, name: str, like: Any) -> Any:
     try:
         t = be.asarray(t, dtype=be.time_dtype(like.dtype), device=be.device(like))
     except (TypeError, ValueError) as e:
-        raise TimesError(f"{name}={t!r} is not a number", "", "tspan=(0.0, 10.0)") from e
+        raise TimesError(f"{name}={t!r} is not a number", "a solve starts and ends at numbers",
+                         "tspan=(0.0, 10.0)") from e
     if t.ndim:
-        raise TimesError(f"{name} has shape {tuple(t.shape)}, expected a scalar", "", "tspan=(0.0, 10.0)")
+        raise TimesError(f"{name} has shape {tuple(t.shape)}, expected a scalar", "all entries of u share one time",
+                         "tspan=(0.0, 10.0)")
     value = be.concrete(t)
     if value is not None and not math.isfinite(value):
-        raise TimesError(f"{name}={value} is not finite", "", "tspan=(0.0, 10.0)")
+        raise TimesError(f"{name}={value} is not finite", "a solve ends after finitely many steps", "tspan=(0.0, 10.0)")
     return t
 
 
@@ -134,12 +139,13 @@ def _saves(be: Any, saveat: Any, t0: float | None, t1: float | None, like: Any) 
         return "steps", None
     if isinstance(saveat, int) and not isinstance(saveat, bool):
         if saveat < 1:
-            raise TimesError(f"saveat={saveat} asks for no output", "", "saveat=None for the end only")
+            raise TimesError(f"saveat={saveat} asks for no output", "an integer is the number of output times",
+                             "saveat=None for the end only")
         return saveat, None
     try:
         ts = be.asarray(saveat, dtype=be.time_dtype(like.dtype), device=be.device(like))
     except (TypeError, ValueError) as e:
-        raise TimesError(f"saveat={saveat!r} is not a list of times", "",
+        raise TimesError(f"saveat={saveat!r} is not a list of times", "it says where the solution is wanted",
                          "saveat=np.linspace(0.0, 10.0, 11), an integer, 'steps' or None") from e
     if ts.ndim != 1 or ts.shape[0] == 0:
         raise TimesError(f"saveat has shape {tuple(ts.shape)}, expected a vector of times",
@@ -160,11 +166,12 @@ def _controller(method: Any, controller: Any, dt: Any, t0: float | None, t1: flo
     if controller is None:
         controller = PIController() if method.adaptive else FixedStep()
     if controller.adaptive and not method.adaptive:
-        raise UnsupportedCombination(f"{method.name} has no error estimate to control steps with", "",
+        raise UnsupportedCombination(f"{method.name} has no error estimate to control steps with", "it has one formula",
                                      "controller=FixedStep() with dt=, or Tsit5()")
     if not controller.adaptive and dt is None:
-        raise InputError(f"{method.name} takes fixed steps and dt was not given", "there is no error estimate"
-                         if not method.adaptive else "FixedStep needs a size", "dt=0.01, or an adaptive method: Tsit5()")
+        why = "FixedStep needs a size" if method.adaptive else "there is no error estimate"
+        raise InputError(f"{method.name} takes fixed steps and dt was not given", why,
+                         "dt=0.01, or an adaptive method: Tsit5()")
     return controller, dt
 
 
@@ -176,7 +183,11 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
         value = default if value is None else value
         if not isinstance(value, int | float):
             leaves, _ = be.flatten(value)
-            leaves = [be.asarray(v, dtype=be.real_dtype(dtype), device=be.device(u0)) for v in leaves]
+            try:
+                leaves = [be.asarray(v, dtype=be.real_dtype(dtype), device=be.device(u0)) for v in leaves]
+            except (TypeError, ValueError) as e:
+                raise ToleranceError(f"{name}={value!r} is not a number", "errors are compared with it",
+                                     f"{name}={default:g}, or one number per entry of u0") from e
             if len(leaves) == 1 and leaves[0].ndim == 0:
                 value = be.concrete(leaves[0])
                 if value is None:
@@ -184,19 +195,25 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
                     continue
             else:
                 if tuple(tuple(v.shape) for v in leaves) != layout.shapes:
-                    raise ToleranceError(f"{name} has other shapes than u0", "", f"{name}=1e-8, or one number per entry")
+                    raise ToleranceError(f"{name} has other shapes than u0", "each entry of u has its own",
+                                         f"{name}=1e-8, or one number per entry")
+                least = [be.concrete(be.xp.min(v)) for v in leaves]
+                if not all(v is None or v >= 0.0 for v in least):
+                    raise ToleranceError(f"{name} holds a number that is not positive", "errors are compared with it",
+                                         f"{name}={default:g}, or one positive number per entry of u0")
                 out.append(layout.ravel(be, leaves))
                 continue
         value = float(value)
         if not value >= 0.0 or not math.isfinite(value):
-            raise ToleranceError(f"{name}={value:g} is not a positive number", "", f"{name}={default:g}")
+            raise ToleranceError(f"{name}={value:g} is not a positive number", "errors are compared with it",
+                                 f"{name}={default:g}")
         if name == "rtol" and 0.0 < value < 100.0 * eps:
             raise ToleranceError(
-                f"rtol={value:g} cannot be met in {'float64' if double else 'float32'} (machine epsilon {eps:.1e})",
+                f"rtol={value:g} cannot be met in {str(dtype).removeprefix('torch.')} (machine epsilon {eps:.1e})",
                 "the step size would shrink without end",
                 f"rtol>={100.0 * eps:.1e}" + ("" if double else ", or a float64 state (JAX: jax_enable_x64 first)"))
         out.append(value)
-    if out[0] == 0.0 and isinstance(out[1], float) and out[1] == 0.0:
+    if all(isinstance(v, float) and v == 0.0 for v in out):
         raise ToleranceError("rtol and atol are both zero", "no step could be accepted", "rtol=1e-6")
     return out[0], out[1]
 
@@ -204,8 +221,10 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
 def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: float | None,
             t1: float | None) -> tuple[int, int]:
     """Step limit, and how many accepted steps may be recorded where that must be known beforehand."""
-    if max_steps is not None and (isinstance(max_steps, bool) or int(max_steps) != max_steps or max_steps < 1):
-        raise InputError(f"max_steps={max_steps!r} is not a positive integer", "", f"max_steps={MAX_STEPS}")
+    whole = isinstance(max_steps, Integral) and not isinstance(max_steps, bool)
+    if max_steps is not None and not (whole and max_steps >= 1):
+        raise InputError(f"max_steps={max_steps!r} is not a positive integer", "it bounds the work before it starts",
+                         f"max_steps={MAX_STEPS}")
     capacity = MAX_RECORDED if max_steps is None else int(max_steps)
     if not be.traced:
         capacity = MAX_STEPS if max_steps is None else int(max_steps)
@@ -225,9 +244,11 @@ def _positive(name: str, value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError) as e:
-        raise InputError(f"{name}={value!r} is not a number known before the solve", "", f"{name}=0.01") from e
+        raise InputError(f"{name}={value!r} is not a number known before the solve", "it steers the steps, underived",
+                         f"{name}=0.01") from e
     if not number > 0.0 or not math.isfinite(number):
-        raise InputError(f"{name}={number:g} is not positive", "the direction comes from tspan", f"{name}={abs(number) or 0.01:g}")
+        raise InputError(f"{name}={number:g} is not positive", "the direction comes from tspan",
+                         f"{name}={abs(number) or 0.01:g}")
     return number
 
 
@@ -238,7 +259,8 @@ def _stops(tstops: Any, t0: float | None, t1: float | None) -> tuple[float, ...]
     if t0 is not None and t1 is not None:
         for t in stops:
             if not min(t0, t1) <= t <= max(t0, t1):
-                raise TimesError(f"tstops holds {t:g}, outside tspan=({t0:g}, {t1:g})", "", "leave it out")
+                raise TimesError(f"tstops holds {t:g}, outside tspan=({t0:g}, {t1:g})", "no step goes there",
+                                 "leave it out")
         if t1 < t0:
             stops.reverse()
     return tuple(stops)
@@ -252,6 +274,6 @@ def _progress(progress: Any) -> Any:
 
         return line
     if not callable(progress):
-        raise InputError(f"progress={progress!r} is neither a bool nor callable", "",
+        raise InputError(f"progress={progress!r} is neither a bool nor callable", "it is told how far the solve is",
                          "progress=True, or progress=lambda fraction, t: ...")
     return progress

@@ -172,8 +172,9 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
                 raise  # else it may be the recording that f does not bear
     if not call.outputs:
         be.evaluate(call, t, _copied(be, u), p)
-    if linked is False and (asked or call.recorded):
-        if _evaluated(be, call, t, _moved(be, u), p) and call.differs():
+    if linked is False:
+        # Recorded although neither u nor p is: f closes over something whose gradient can be asked for.
+        if _evaluated(call, t, _moved(be, u), p) and call.differs() and (asked or call.recorded):
             raise _hidden(be, f, "u")
         return
     linked = _linked(be, call, t, u, p, over_p=True) if linked and "p" in asked else None
@@ -185,7 +186,7 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
             "random numbers or state kept inside f mislead the error control and every gradient",
             "draw random numbers before the solve and hand them over in p"
             + ("; dropout: f.eval()" if getattr(f, "training", False) else ""))
-    if linked is False and _evaluated(be, call, t, u, _moved(be, p)) and call.differs():
+    if linked is False and _evaluated(call, t, u, _moved(be, p)) and call.differs():
         raise _hidden(be, f, "p")
 
 
@@ -214,9 +215,9 @@ def _linked(be: Any, call: _Call, t: Any, u: Any, p: Any, over_p: bool) -> bool 
         return None  # the backend cannot tell here
 
 
-def _evaluated(be: Any, call: _Call, t: Any, u: Any, p: Any) -> bool:
+def _evaluated(call: _Call, t: Any, u: Any, p: Any) -> bool:
     try:
-        be.evaluate(call, t, u, p)
+        call(t, u, p)
     except Exception:  # the moved point may lie outside the domain of f
         return False
     return True
@@ -272,6 +273,8 @@ class _Call:
         except Exception as e:
             found = _explained(be, f, e)
             if found is None:
+                if isinstance(e, TypeError) and isinstance(u, list | tuple):
+                    e.add_note(f"u is a {type(u).__name__}, because u0 is one: for arithmetic make u0 an array")
                 raise
             raise found from e
         if first:
@@ -348,7 +351,8 @@ def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
     return BrokenGradientError(
         f"the output of f changes with {name}, but {be.name} sees no dependence on {name}, at {_where(f)}",
         f"f leaves the AD (.detach(), .item(), .data, no_grad, NumPy), so gradients would silently lack df/d{name}",
-        f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}")
+        f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}; "
+        "if f only jumps there, probe='off'")
 
 
 def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], out: Any,
@@ -373,7 +377,7 @@ def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], 
             raise OutputError(what, "du/dt has one entry for each entry of u",
                               f"return dudt.reshape({wanted})" if alike else f"return an array of shape {wanted}")
         if be.is_array(x) and x.dtype != v.dtype:
-            _check_dtype(be, f, x, v, first)
+            _check_dtype(be, f, be.asarray(x) if be.traced else x, v, first)
     return leaves
 
 
@@ -441,7 +445,10 @@ def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
                           "write 1.0 instead of 1 in constants, and dtype=u.dtype where f makes arrays")
     if be.is_complex(x) and not be.is_complex(like):
         raise OutputError(what, "the imaginary part would be lost", "u0 complex, or return the real part")
-    if first and be.is_complex(x) == be.is_complex(like):
+    if be.is_complex(like) and not be.is_complex(x):
+        if not be.traced:
+            raise OutputError(what, "the steps add it to a complex state in place", "return dudt + 0j")
+    elif first and x.dtype != like.dtype:
         warnings.warn(f"{what}; the solve goes on in {wanted}. Constants in f may have another precision than u0",
                       ProbeWarning, stacklevel=_depth())
 

@@ -65,7 +65,8 @@ class ODEProblem:
         try:
             t0, t1 = self.tspan
         except (TypeError, ValueError):
-            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "", "tspan=(0.0, 10.0)") from None
+            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
+                             "tspan=(0.0, 10.0)") from None
         object.__setattr__(self, "tspan", (t0, t1))
 
     def remake(self, **changes: Any) -> ODEProblem:
@@ -79,6 +80,6 @@ class ODEProblem:
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}", "",
-                                 f"the fields are {', '.join(known)}")
+                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}",
+                                 "only fields can change", f"the fields are {', '.join(known)}")
         return dataclasses.replace(self, **changes)

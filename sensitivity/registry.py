@@ -88,7 +88,7 @@ class Registry:
             try:
                 self._loaded[name] = info.load()
             except ImportError as e:
-                raise BackendMissingError(f"the {name!r} backend could not be loaded: {e}", "",
+                raise BackendMissingError(f"the {name!r} backend could not be loaded: {e}", "it needs a package",
                                           f"pip install {info.package}") from e
         return self._loaded[name]
 

@@ -60,7 +60,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         An argument is wrong; nothing was computed.
     """
     if on_failure not in ("raise", "nan", "return"):
-        raise InputError(f"on_failure={on_failure!r} is not one of 'raise', 'nan', 'return'", "", "on_failure='raise'")
+        raise InputError(f"on_failure={on_failure!r} is none of the possible values",
+                         "they are 'raise', 'nan', 'return'", "on_failure='raise'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     algorithm, run = choose(run, x, checked(sensealg))
     out, aux = run.be.attach(algorithm, run, x)
@@ -88,8 +89,11 @@ def checked(sensealg: Any) -> Any:
     if sensealg is auto or isinstance(sensealg, SensitivityAlgorithm):
         return sensealg
     if isinstance(sensealg, type):
-        raise InputError(f"sensealg={sensealg.__name__} is a class, not an algorithm", "", f"sensealg={sensealg.__name__}()")
-    raise InputError(f"sensealg={sensealg!r} is not a sensitivity algorithm", "", "sensealg=sa.auto")
+        name = sensealg.__name__
+        raise InputError(f"sensealg={name} is a class, not an algorithm", "algorithms have options",
+                         f"sensealg={name}()")
+    raise InputError(f"sensealg={sensealg!r} is not a sensitivity algorithm", "algorithms are objects, not names",
+                     "sensealg=sa.auto")
 
 
 def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux) -> Solution:
@@ -106,7 +110,7 @@ def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux
 
 
 def report(sol: Solution, run: Run, aux: Aux, on_failure: str) -> Solution:
-    """Raise, or mark the outputs, if the solve failed; warn if derivatives are numerical without having been asked for."""
+    """Raise, or mark the outputs, if the solve failed."""
     be = run.be
     if on_failure != "return":
         code = be.concrete(aux.status)
@@ -132,11 +136,25 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     where = f"at t={t:.6g} of {float(t1):g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
     what, why, fix = {
         RetCode.MaxSteps: (
-            f"max_steps={min(run.max_steps, run.capacity)} reached {where}", f"the problem may be stiff for {run.method.name}, an explicit method",
+            f"max_steps={min(run.max_steps, run.capacity)} reached {where}",
+            f"the problem may be stiff for {run.method.name}, an explicit method",
             "max_steps= larger, looser tolerances, or rescale the problem"),
         RetCode.DtMin: (f"the step size became too small {where}", "the solution may blow up there, or f jump",
                         "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
         RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
                             "check f there (negative values under log or sqrt, division by zero)"),
     }[code]
+    if code == RetCode.NonFinite and (name := _not_finite(run.be, sol.prob)):
+        what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (
+            f"look for the first NaN or infinity in {name}")
     return SolveError(what, why, fix, code, t, sol)
+
+
+def _not_finite(be: Any, prob: Any) -> str | None:
+    """Which of `u0` and `p` cannot give a finite solution."""
+    for name in ("u0", "p"):
+        for x in be.flatten(getattr(prob, name))[0]:
+            if isinstance(x, float) or (be.is_array(x) and be.is_float(x)):
+                if not bool(be.xp.all(be.xp.isfinite(be.asarray(x)))):
+                    return name
+    return None

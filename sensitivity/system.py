@@ -80,10 +80,10 @@ class Partition:
 class Products:
     """Derivatives that the user gave with the problem; see `ODEProblem`."""
 
-    vjp: Callable[..., Any] | None = None
-    jvp: Callable[..., Any] | None = None
-    jac: Callable[..., Any] | None = None
-    paramjac: Callable[..., Any] | None = None
+    vjp: Any = None
+    jvp: Any = None
+    jac: Any = None
+    paramjac: Any = None
 
 
 class Inputs(NamedTuple):
@@ -110,7 +110,8 @@ class Field:
     u: Layout
     p: Partition
 
-    def bind(self, be: Backend, theta: tuple[Array, ...], constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
+    def bind(self, be: Backend, theta: tuple[Array, ...],
+             constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         k = self.p.count
         p, captured, f = self.p.join(be, theta[:k], constants), theta[k:], self.f
         if len(self.u.shapes) == 1:

@@ -57,7 +57,7 @@ class Tableau:
             c=(*self.c, 1.0),
             order=self.order,
             error=None if self.error is None else (*self.error, 0.0),
-            dense=self.dense and (*self.dense, (0.0,) * len(self.dense[0])) or tuple(map(tuple, weights)),
+            dense=(self.dense and (*self.dense, (0.0,) * len(self.dense[0]))) or tuple(map(tuple, weights)),
             dense_order=self.dense_order or min(self.order, 3),
         )
 

@@ -14,8 +14,8 @@ _registered: set[type] = set()
 def _register(cls: type) -> None:
     names = tuple(f.name for f in dataclasses.fields(cls))
 
-    def rebuild(_: None, values: Any) -> Any:
-        new = object.__new__(cls)
+    def rebuild(_: Any, values: Any) -> Any:
+        new: Any = object.__new__(cls)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(new, name, value)
         return new

@@ -141,8 +141,10 @@ class FiniteDifferenceVJP(VJP):
 
         def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
             e = step * _sizes(be, u, 1e-3)
-            g = [xp.sum(ct * (rhs(t, u + e * units[j, :]) - rhs(t, u - e * units[j, :]))) / (2.0 * e[j]) for j in range(n)]
-            h = [xp.sum(ct * (up(t, u) - down(t, u))) / gap for up, down, gap in few or (moved(i, j) for i, j in entries)]
+            g = [xp.sum(ct * (rhs(t, u + e * unit) - rhs(t, u - e * unit))) / (2.0 * e[j])
+                 for j in range(n) for unit in (units[j, :],)]
+            pairs = few or (moved(i, j) for i, j in entries)
+            h = [xp.sum(ct * (up(t, u) - down(t, u))) / gap for up, down, gap in pairs]
             t_bar = 0.0
             if time:
                 d = step * be.greatest(1.0, abs(be.scalar(t)))

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-
-
 from typing import Any, NamedTuple
 
 import jax

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import numpy as np
 from array_api_compat import numpy as xp
+
 from sensitivity.backend import Backend
 
 

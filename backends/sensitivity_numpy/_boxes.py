@@ -34,8 +34,8 @@ def value(x):
 
 
 def _like(x, like):
-    """A box in the dtype of `like`: unlike a Python float, a boxed step size would turn float32 into float64."""
-    return x.astype(like.dtype) if isinstance(x, Box) and x.dtype != like.dtype else x
+    """A step size in the dtype of `like`: unlike a Python float, a box of float64 would turn float32 into float64."""
+    return x.astype(like.dtype) if getattr(x, "dtype", like.dtype) != like.dtype else x
 
 
 class BoxBackend(Backend):
@@ -56,6 +56,7 @@ class BoxBackend(Backend):
 
     def asarray(self, x, dtype=None, device=None):
         if isinstance(x, Box):
+            x = anp.reshape(x, ()) if isinstance(value(x), float) else x
             return x if dtype is None or x.dtype == dtype else x.astype(dtype)
         return np.asarray(x, dtype=dtype)
 

@@ -6,6 +6,7 @@ matrices, and one product at the end of the block serves the parameters.
 """
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,10 +24,11 @@ BLOCK = 48
 def reverse(algorithm, run, residuals, ct, wanted):
     """`algorithm.reverse`, ahead where that pays and `f` allows it."""
     if type(algorithm) is RecursiveCheckpointAdjoint and type(run.vjp) is ReverseVJP:
-        if residuals.x.u0.shape[0] <= LARGEST and len(residuals.log) > 3:
-            sweep = _Sweep(run, residuals.x)
+        u0 = residuals.x.u0
+        # A product with complex derivatives is linear over the reals only, so no matrix stands for it.
+        if u0.shape[0] <= LARGEST and not u0.is_complex() and len(residuals.log) > 3:
             try:
-                return sweep.reverse(algorithm, residuals, ct, wanted)
+                return _Sweep(run, residuals.x).reverse(algorithm, residuals, ct, wanted)
             except _Refused:
                 pass
     return algorithm.reverse(run, residuals, ct, wanted)
@@ -34,6 +36,17 @@ def reverse(algorithm, run, residuals, ct, wanted):
 
 class _Refused(Exception):
     """`f` cannot be evaluated at many points at once."""
+
+
+@contextmanager
+def _refusing():
+    """Whatever keeps a user's function from being batched leads back to single products."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as e:
+            raise _Refused from e
 
 
 class _Sweep(TorchBackend):
@@ -101,15 +114,11 @@ class _Sweep(TorchBackend):
         u = u[:, None, :] + h * (self._square(tab.a) @ k)
         u = u.flatten(0, 1).requires_grad_()
         t = torch.tensor(t, dtype=self.dtype.to_real(), device=u.device, requires_grad=self.timed)
-        try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                out = self.rhs(t, u)
-        except Exception as e:  # whatever keeps a user's function from being batched
-            raise _Refused from e
         k = k.flatten(0, 1)
-        if out.shape != k.shape or out.dtype != k.dtype or not out.requires_grad:
-            raise _Refused
+        with _refusing(), torch.enable_grad():
+            out = self.rhs(t, u)
+            if out.shape != k.shape or out.dtype != k.dtype:
+                raise _Refused
         close = 1e5 * torch.finfo(k.dtype).eps
         if not torch.allclose(out, k, rtol=close, atol=close * max(k.abs().max().item(), 1e-300)):
             raise _Refused
@@ -117,7 +126,7 @@ class _Sweep(TorchBackend):
         for i in range(u.shape[1]):
             ct = torch.zeros_like(k)
             ct[:, i] = 1.0
-            g = torch.autograd.grad(out, (u, t) if self.timed else (u,), ct, retain_graph=True, allow_unused=True)
+            g = self._product(out, (u, t) if self.timed else (u,), ct, True)
             rows.append([torch.zeros_like(v) if w is None else w for w, v in zip(g, (u, t), strict=False)])
         columns = [torch.stack(x, -1) for x in zip(*rows, strict=True)]
         self.jacobians = columns[0].unbind()
@@ -125,10 +134,17 @@ class _Sweep(TorchBackend):
         self.graph, self.block = out, torch.zeros_like(k)
         self.handed = self.block.unbind()
 
+    @staticmethod
+    def _product(out, inputs, ct, keep):
+        if not out.requires_grad:
+            return [None] * len(inputs)
+        with _refusing():
+            return torch.autograd.grad(out, inputs, ct, keep, allow_unused=True)
+
     def _close(self):
         """The parameters' share of a block."""
         if self.graph is not None and self.wanted:
             captured = any(x.requires_grad for x in self.x.theta)
-            bars = torch.autograd.grad(self.graph, self.wanted, self.block, captured, allow_unused=True)
+            bars = self._product(self.graph, self.wanted, self.block, captured)
             self.theta = tuple(x if y is None else x.add_(y) for x, y in zip(self.theta, bars, strict=True))
         self.graph = None

@@ -24,7 +24,7 @@ class Call:
     def inputs(self, flat):
         u0, t0, t1, saveat, rtol, atol, *rest = flat
         k = self.constants
-        return bare(self.run, Inputs(u0, tuple(rest[k:]), t0, t1, saveat, tuple(rest[:k]), rtol, atol))
+        return Inputs(u0, tuple(rest[k:]), t0, t1, saveat, tuple(rest[:k]), rtol, atol)
 
     def slots(self, count):
         """Positions in the flat inputs, with their names, that derivatives are wanted of."""
@@ -39,11 +39,10 @@ def flattened(x):
 
 def bare(run, x):
     """Inputs that autograd does not know, except what `f` closes over, which it has to."""
-    live = getattr(run.field.f, "live", ())
+    live = run.field.f.live
     own = x.theta[:len(x.theta) - len(live)]
-    plain = [v.detach() if isinstance(v, torch.Tensor) else v for v in x._replace(theta=(), constants=())]
-    plain = Inputs(*plain)
-    return plain._replace(theta=(*(v.detach() for v in own), *live), constants=x.constants)
+    plain = Inputs(*(v.detach() if isinstance(v, torch.Tensor) else v for v in x))
+    return plain._replace(theta=(*(v.detach() for v in own), *live))
 
 
 def attach(be, algorithm, run, x):
@@ -70,6 +69,12 @@ def attach(be, algorithm, run, x):
     *out, summary = Solve.apply(call, *flat)
     out = Outputs(*out) if len(out) == 3 else Outputs(out[0], None, None)
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
+
+
+def forward(algorithm, run, x, wanted):
+    """`algorithm.forward` on plain tensors."""
+    with _autodiff.silent(run.field.f.live):
+        return algorithm.forward(run, bare(run, x), wanted)
 
 
 def reverse(algorithm, run, residuals, ct, wanted):
@@ -114,9 +119,9 @@ class Solve(torch.autograd.Function):
     def forward(call, *flat):
         x = call.inputs(flat)
         if call.wanted:
-            out, call.aux, call.residuals = call.algorithm.forward(call.run, x, call.wanted)
+            out, call.aux, call.residuals = forward(call.algorithm, call.run, x, call.wanted)
         else:
-            out, call.aux = call.algorithm.plain(call.run, x)
+            out, call.aux = call.algorithm.plain(call.run, bare(call.run, x))
         return (*(v.clone() for v in out if v is not None), _summary(call.aux, x.u0))
 
     @staticmethod
@@ -242,7 +247,8 @@ class Tangent(_Once):
                 times[name] = v.to(x.u0.dtype)
         if not theta:
             theta = [v.new_zeros((u0.shape[0], *v.shape)) for v in x.theta]
-        return (call.algorithm.tangent(call.run, call.residuals, Tangents(u0, tuple(theta), **times)),)
+        with _autodiff.silent(call.run.field.f.live):
+            return (call.algorithm.tangent(call.run, call.residuals, Tangents(u0, tuple(theta), **times)),)
 
     @staticmethod
     def vmap(info, in_dims, call, count, *args):

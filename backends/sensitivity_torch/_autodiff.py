@@ -30,19 +30,23 @@ class Field:
         try:
             return self._call(t, u, p, captured) if self.names else self.f(t, u, p)
         except RuntimeError as e:
-            if torch.is_grad_enabled() or "does not require grad" not in str(e):
+            if "does not require grad" not in str(e):
                 raise
         # f differentiates inside itself, which needs a state that requires grad.
         self.recording = True
         return self._recorded(t, u, p, captured)
 
     def _call(self, t, u, p, captured):
+        if not self.names:
+            return self.f(t, u, p)
         return functional_call(self.f, dict(zip(self.names, captured, strict=False)), (t, u, p))
 
     def _recorded(self, t, u, p, captured):
+        keep = torch.is_grad_enabled()
         with torch.enable_grad():
-            out = self(t, _leaves(self.be, u)[1], p, *captured)
-        return _mapped(self.be, torch.Tensor.detach, out)
+            u = _mapped(self.be, lambda x: x if x.requires_grad else x.detach().requires_grad_(), u)
+            out = self._call(t, u, p, captured)
+        return out if keep else _mapped(self.be, torch.Tensor.detach, out)
 
 
 def _mapped(be, fun, tree):
@@ -51,22 +55,23 @@ def _mapped(be, fun, tree):
 
 
 def _leaves(be, tree):
-    """A copy of a state whose tensors are leaves that require grad: `(tensors, tree)`."""
+    """A copy of a tree whose floating-point tensors are leaves that require grad: `(these, tree)`."""
     leaves, structure = be.flatten(tree)
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    return leaves, be.unflatten(structure, leaves)
+    moving = {i: x.detach().requires_grad_() for i, x in enumerate(leaves) if be.is_array(x) and be.is_float(x)}
+    return list(moving.values()), be.unflatten(structure, [moving.get(i, x) for i, x in enumerate(leaves)])
 
 
 def _recorded_outputs(be, f, t, u, p, captured=()):
+    """Leaves made of `u`, leaves made of `p`, and what `f` makes of them, as far as autograd sees it."""
     with torch.enable_grad():
-        inputs, u = _leaves(be, u)
-        out = f(t, u, _mapped(be, torch.Tensor.detach, p), *captured)
-    return inputs, [x for x in be.flatten(out)[0] if isinstance(x, torch.Tensor) and x.requires_grad]
+        (inputs, u), (others, p) = _leaves(be, u), _leaves(be, p)
+        outputs = [x for x in be.flatten(f(t, u, p, *captured))[0] if isinstance(x, torch.Tensor) and x.requires_grad]
+        return inputs, others, [x.view_as(x) for x in outputs]
 
 
 def connected(be, f, t, u, p):
     """Whether autograd sees that `f` depends on `u`."""
-    inputs, outputs = _recorded_outputs(be, f, t, u, p)
+    inputs, _, outputs = _recorded_outputs(be, f, t, u, p)
     if not outputs:
         return False
     grads = torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs], allow_unused=True)
@@ -74,12 +79,21 @@ def connected(be, f, t, u, p):
 
 
 class _Watch(TorchFunctionMode):
-    """Refuses tensors of a running transform: `f` was called with plain ones, so it closes over these."""
+    """Refuses tensors of the running transforms: `f` was called with plain ones, so it closes over these.
+
+    Transforms inside `f` are noticed; what happens in them can be judged under `_levels.idle(levels)` only.
+    """
+
+    def __init__(self, levels, idle):
+        super().__init__()
+        self.levels, self.idle, self.inside = levels, idle, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not _levels.transformed():
+        if _levels.depth() > (self.levels if self.idle else 0):
+            self.inside = True
+        if self.idle or not self.inside:
             for x in torch.utils._pytree.tree_leaves((args, kwargs)):
-                if isinstance(x, torch.Tensor) and (_levels.wrapped(x) or _levels.dual(x)):
+                if isinstance(x, torch.Tensor) and _levels.outer(x, self.levels):
                     raise CapturedValueError(
                         "f closes over a tensor that a torch.func transform or a dual level differentiates or batches",
                         "the solve cannot see it from outside f",
@@ -89,8 +103,8 @@ class _Watch(TorchFunctionMode):
 
 def found(be, field, t, u, p, captured):
     """The leaf tensors that require grad and that `field` reaches by itself at `(t, u, p)`."""
-    inputs, outputs = _recorded_outputs(be, field, t, u, p, captured)
-    known = {id(x) for x in inputs}
+    inputs, others, outputs = _recorded_outputs(be, field, t, u, p, captured)
+    known = {id(x) for x in (*inputs, *others)}
     queue = [x.grad_fn for x in outputs]
     seen, leaves = set(queue), []
     while queue:
@@ -112,15 +126,25 @@ def hoist(be, f, t, u, p):
         return Field(be, f), ()
     names, given = (), ()
     if active and isinstance(f, torch.nn.Module):
-        own = [*f.namedparameters(), *f.named_buffers()]
+        own = [*f.named_parameters(), *f.named_buffers()]
         moved = [(k, v) for k, v in own if _levels.wrapped(v) or _levels.dual(v)]
         names, given = tuple(k for k, _ in moved), tuple(v for _, v in moved)
     field = Field(be, f, names)
     if active:
-        t, u, p, plain = (_mapped(be, _levels.value, x) for x in (t, u, p, given))
-        with _levels.outside(), _Watch():
-            field.live = found(be, field, t, u, p, plain)
-    elif torch.is_grad_enabled():
+        t, u, p, given_now = (_mapped(be, _levels.value, x) for x in (t, u, p, given))
+        levels = _levels.depth()
+        watch, failure = _Watch(levels, False), None
+        try:
+            with _levels.outside(), watch:
+                field.live = found(be, field, t, u, p, given_now)
+        except RuntimeError as e:
+            failure = e
+        if watch.inside:
+            with _levels.idle(levels), _Watch(levels, True):
+                field(t, u, p, *given_now)
+        if failure is not None:
+            raise failure
+    else:
         field.live = found(be, field, t, u, p, ())
     return field, (*given, *field.live)
 
@@ -142,7 +166,6 @@ class silent:
     def __exit__(self, *_):
         for h, kept in zip(self.hooks, self.kept, strict=True):
             h.update(kept)
-
 
 
 def parameters(theta, params):
@@ -210,6 +233,7 @@ def _rows(g, ct, d, du):
 
 def loss_vjp(loss, args):
     """Value and gradient of a scalar function; a leaf that requires grad stays what it is."""
+    _levels.refuse_transforms()
     with torch.enable_grad():
         args = [x if x.is_leaf and x.requires_grad else x.detach().requires_grad_() for x in args]
         value = loss(*args)

@@ -9,7 +9,6 @@ from sensitivity.backend import Backend
 
 from . import _attach, _autodiff, _levels
 
-
 POOLED = 4096
 
 
@@ -60,11 +59,14 @@ class TorchBackend(Backend):
     def copy(self, x):
         return x.detach().clone()
 
+    def scalar(self, x):
+        return _levels.value(x).item() if isinstance(x, torch.Tensor) else float(x)
+
     def scalars(self, ts):
-        return ts.tolist() if isinstance(ts, torch.Tensor) else [float(t) for t in ts]
+        return _levels.value(ts).tolist() if isinstance(ts, torch.Tensor) else [self.scalar(t) for t in ts]
 
     def concrete(self, x):
-        return None if _levels.batched(x) else float(x)
+        return None if _levels.batched(x) else self.scalar(x)
 
     def concrete_times(self, ts):
         return None if _levels.batched(ts) else self.scalars(ts)
@@ -181,10 +183,11 @@ class TorchBackend(Backend):
         return rows.index_select(0, found)
 
     def poly(self, coefficients, x, like):
-        if any(isinstance(v, torch.Tensor) for v in x):
-            return super().poly(coefficients, x, like)
-        columns = self._constant(coefficients).t()
-        return self.vector([[v**k for k in range(columns.shape[0])] for v in x], like) @ columns
+        x = self.vector(x, like)[:, None]
+        *columns, out = self._constant(coefficients).t().unbind()
+        for c in reversed(columns):
+            out = torch.addcmul(c, out, x)
+        return out.expand(x.shape[0], -1)
 
     # -- derivatives ----------------------------------------------------------------------------------------------
 
@@ -192,9 +195,10 @@ class TorchBackend(Backend):
         return torch.no_grad()
 
     def run(self, algorithm, name, run, args, wanted):
+        _levels.refuse_transforms()
         with torch.no_grad():
             if name == "forward":
-                return algorithm.forward(run, _attach.bare(run, *args), wanted)
+                return _attach.forward(algorithm, run, *args, wanted)
             return _attach.reverse(algorithm, run, *args, wanted)
 
     def attach(self, algorithm, run, x):
@@ -229,13 +233,13 @@ class _Differentiable(TorchBackend):
     def times(self, t, h, c):
         if not isinstance(h, torch.Tensor):
             return super().times(t, h, c)
-        return (t + h * self._constant(c).to(h.dtype)).to(self.dtype.to_real()).unbind()
+        return (t + h * torch.tensor(c, dtype=h.dtype, device=h.device)).to(self.dtype.to_real()).unbind()
 
     def rms(self, x):
         return super().rms(x.detach())
 
     def scaled(self, e, u0, u1, rtol, atol):
-        return e.detach() / (atol + rtol * torch.maximum(u0.detach().abs(), u1.detach().abs()))
+        return super().scaled(e.detach(), u0.detach(), u1.detach(), rtol, atol)
 
     def recursion(self, a, base, scale, xs, row, carry, first=None):
         rows = [] if first is None else [first]
@@ -248,5 +252,10 @@ class _Differentiable(TorchBackend):
         return carry, torch.stack(rows)
 
     def combine(self, base, scale, weights, rows):
-        out = torch.mv(rows.t(), self._constant(weights) * scale)
-        return out if base is None else base + out
+        if not isinstance(scale, torch.Tensor):
+            return super().combine(base, scale, weights, rows)
+        # The value to the last bit as in the plain loop, so that both take the same steps.
+        out = super().combine(base, self.scalar(scale), weights, rows)
+        if not _levels.moving(scale):
+            return out
+        return out + (scale - scale.detach()) * torch.mv(rows.t(), self._constant(weights))

@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
+import autograd.numpy as anp
 import numpy as np
 from autograd.builtins import DictBox, SequenceBox
 from autograd.extend import Box, defvjp_argnums, primitive
-from sensitivity_numpy._boxes import BoxBackend, value
 
 from sensitivity.algorithms.base import Outputs
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.registry import registry
+from sensitivity_numpy._boxes import BoxBackend, value
 
 
 @primitive
@@ -19,9 +20,10 @@ def _solve(task, *arrays):
 
 def _pullback(argnums, answer, args, kwargs):
     task, *arrays = args
-    del kwargs, answer, arrays
-    state = task.take()
-    return lambda ct: task.reverse(state, ct, argnums)
+    del kwargs, answer
+    twice = any(isinstance(a, Box) for a in arrays)
+    residuals = task.residuals
+    return lambda ct: task.reverse(residuals, ct, argnums, twice)
 
 
 defvjp_argnums(_solve, _pullback)
@@ -49,11 +51,8 @@ class Task:
         out, self.aux, self.residuals = self.algorithm.forward(self.run, x, every)
         return out.u
 
-    def take(self):
-        return self.residuals
-
-    def reverse(self, residuals, ct, argnums):
-        if isinstance(ct, Box):
+    def reverse(self, residuals, ct, argnums, twice):
+        if twice or isinstance(ct, Box):
             raise UnsupportedCombination(f"{self.algorithm.name} has no second derivatives under autograd", "",
                                          "sensealg=DirectAdjoint()")
         asked = [self.names[i - 1] for i in argnums]
@@ -103,7 +102,9 @@ class AutogradBackend(BoxBackend):
 
 
 def _opened(tree):
-    """Containers in place of autograd's boxes of containers."""
+    """Containers in place of autograd's boxes of containers, arrays in place of its boxes of Python numbers."""
+    if isinstance(tree, Box) and isinstance(value(tree), float):
+        return anp.reshape(tree, ())
     if isinstance(tree, SequenceBox):
         return tuple(_opened(tree[i]) for i in range(len(tree)))
     if isinstance(tree, DictBox):

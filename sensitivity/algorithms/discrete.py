@@ -87,15 +87,15 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
     m, n = d.u0.shape
     timed = run.saves not in (None, "steps")
     moving = not (d.t0 is None and d.t1 is None and d.saveat is None)
-    zero = d.u0[:, 0] * 0.0 if moving else None
+    zero = d.u0[:, 0] * 0.0
     dt0, dt1 = (zero if d.t0 is None else d.t0), (zero if d.t1 is None else d.t1)
     push = run.vjp.pushforward(run, x, d.theta)
     s = span(be, x.t0, x.t1)
-    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0)[1] if tab.fsal else None
+    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0 if moving else None)[1] if tab.fsal else None
 
     def ahead(state: Tangent, record: Record, last: Any) -> tuple[Tangent, Record]:
         dh = be.choose(last, dt1 - dt0, zero) if moving else None
-        new, dK = step_jvp(be, tab, push, record, dt0, dh, state)
+        new, dK = step_jvp(be, tab, push, record, dt0 if moving else None, dh, state)
         kept = Record(record.t, record.h, xp.reshape(state.u, (m * n,)), xp.reshape(dK, (tab.stages, m * n)))
         return new, kept
 

@@ -213,7 +213,8 @@ def check_tree(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     h.close(r.p[0][0], -1.2 * 3.0 * 2.0 * math.exp(-0.3), 1e-8, "p[0][0]")
     h.close(r.p[0][1], [1.2 * grow[i] * sum(a * b for a, b in zip(w[i], m0[i], strict=True)) for i in range(2)], 1e-8,
             "p[0][1]")
-    require(h.numbers(r.p[2]) == [7.0] and r.p[1] == "a word" and r.p[3] is None, "leaves that are no arrays did not pass through")
+    passed = h.numbers(r.p[2]) == [7.0] and r.p[1] == "a word" and r.p[3] is None
+    require(passed, "leaves that are no floats did not pass through")
 
 
 def check_single(h: Harness, algorithm: SensitivityAlgorithm) -> None:
@@ -222,7 +223,8 @@ def check_single(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     prob = lotka_volterra(h, single).remake(tspan=(0.0, 2.0))
     weights = h.array([[1.0, 1.0]] * 2, single)
     saveat = h.array([1.0, 2.0])
-    r = serves(h, algorithm, lambda: h.gradient(prob, Tsit5(), algorithm, weights, saveat=saveat, rtol=2e-5, atol=2e-5))
+    r = serves(h, algorithm, lambda: h.gradient(prob, Tsit5(), algorithm, weights, saveat=saveat, rtol=2e-5,
+                                                atol=2e-5))
     if r is None:
         return
     for name, x in (("sol.u", r.solution.u), ("u0", r.u0), ("p", r.p)):
@@ -252,18 +254,20 @@ def check_adjoint_identity(h: Harness, algorithm: SensitivityAlgorithm) -> None:
             du, dp = [[0.3, -0.2], [0.1, 1.0]], [[0.1, -0.5, 0.7, 0.2], [1.0, 0.0, -0.25, 0.5]]
             dt0, dt1, ds = [0.4, -1.0], [0.7, 0.2], [[0.1 * i - 0.2, 0.3 - 0.1 * i] for i in range(5)]
             rows = h.array([[r[i] for r in ds] for i in range(2)]) if run.saves == "ts" else None
-            moved = alg.tangent(run, residuals, Tangents(h.array(du), (h.array(dp),), h.array(dt0), h.array(dt1), rows))
+            d = Tangents(h.array(du), (h.array(dp),), h.array(dt0), h.array(dt1), rows)
+            moved = alg.tangent(run, residuals, d)
         flat = h.numbers(moved)
         bars = h.numbers(bar.u0) + h.numbers(bar.theta) + h.numbers((bar.t0, bar.t1))
         if run.saves == "ts":
             bars += h.numbers(bar.saveat)
         for i in range(2):
-            d = du[i] + dp[i] + [dt0[i], dt1[i]] + ([r[i] for r in ds] if run.saves == "ts" else [])
-            left = sum(a * b for a, b in zip(bars, d, strict=True))
-            right = sum(a * b for a, b in zip([v for r in ct for v in r], flat[i * 2 * k:(i + 1) * 2 * k], strict=True))
+            along = du[i] + dp[i] + [dt0[i], dt1[i]] + ([r[i] for r in ds] if run.saves == "ts" else [])
+            left = sum(a * b for a, b in zip(bars, along, strict=True))
+            outputs = flat[i * 2 * k:(i + 1) * 2 * k]
+            right = sum(a * b for a, b in zip([v for r in ct for v in r], outputs, strict=True))
             # Products by central differences agree with each other to ten digits only.
             tol = 1e-11 if "reverse" in h.be.modes else 1e-6
-            scale = sum(abs(a * b) for a, b in zip(bars, d, strict=True))
+            scale = sum(abs(a * b) for a, b in zip(bars, along, strict=True))
             require(abs(left - right) <= tol * max(1.0, scale), f"{left!r} != {right!r}, saveat={saveat}, row {i}")
 
 

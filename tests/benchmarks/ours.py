@@ -1,0 +1,58 @@
+"""Our side, through the public interface only: `build(framework, name, problem)` as in `peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import sensitivity as sa
+
+from problems import Problem, jax_gradient, torch_gradient
+
+
+def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
+    if framework == "numpy":
+        return numpy_call(name, problem)
+    differentiate = {"jax": jax_gradient, "torch": torch_gradient}[framework]
+    return differentiate(problem, solution(name, problem))
+
+
+def algorithm(name: str):
+    return sa.auto if name == "auto" else getattr(sa, name)()
+
+
+def method(problem: Problem):
+    """The solver and its keywords."""
+    if problem.dt is not None:
+        return sa.Euler(), {"dt": problem.dt, "controller": sa.FixedStep()}
+    options = {"rtol": problem.tol, "atol": problem.tol, "saveat": problem.saveat, "dtmax": problem.dtmax}
+    return sa.Tsit5(), {name: value for name, value in options.items() if value is not None}
+
+
+def solution(name: str, problem: Problem) -> Callable:
+    """The differentiable map from `(p, u0)` to the saved states."""
+    alg, options = method(problem)
+
+    def solve(p, u0):
+        prob = sa.ODEProblem(problem.f, u0, problem.tspan, p)
+        return sa.solve(prob, alg, sensealg=algorithm(name), **options).u
+
+    return solve
+
+
+def numpy_call(name: str, problem: Problem):
+    """A forward solve for the name of a method, a gradient for the name of a sensitivity algorithm."""
+    alg, options = method(problem)
+    name, _, hand_written = name.partition("+")
+    vjp = problem.vjp if hand_written else None
+    prob = sa.ODEProblem(problem.f, problem.u0, problem.tspan, problem.p, vjp=vjp)
+    if name == type(alg).__name__:
+        return lambda: sa.solve(prob, alg, **options).u[-1]
+
+    def loss(solution):
+        return problem.loss(solution.u)
+
+    def dloss(solution):
+        return np.ones_like(solution.u)
+
+    return lambda: sa.gradient(prob, alg, loss, dloss=dloss, wrt="p", sensealg=algorithm(name), **options).p

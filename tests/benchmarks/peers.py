@@ -1,0 +1,105 @@
+"""The peers' side: `build(framework, name, problem)` returns a function of nothing that computes one gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from problems import Problem, jax_gradient, parameters, torch_gradient
+
+
+def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
+    library, variant = name.split(".")
+    return {"diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode, "scipy": scipy}[library](
+        variant, problem
+    )
+
+
+def diffrax(adjoint: str, problem: Problem):
+    import diffrax
+
+    fixed = problem.dt is not None
+    solver = diffrax.Euler() if fixed else diffrax.Tsit5()
+    controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(rtol=problem.tol, atol=problem.tol)
+    saveat = diffrax.SaveAt(t1=True) if problem.saveat is None else diffrax.SaveAt(ts=problem.saveat)
+
+    def solve(p, u0):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(problem.f), solver, *problem.tspan, problem.dt, u0, p,
+            saveat=saveat, stepsize_controller=controller, adjoint=getattr(diffrax, adjoint)(),
+        ).ys  # fmt: skip
+
+    return jax_gradient(problem, solve)
+
+
+def torchdiffeq(variant: str, problem: Problem):
+    import torch
+    import torchdiffeq
+
+    times = torch.tensor(problem.tspan, dtype=torch.float64) if problem.saveat is None else problem.saveat
+    method = (
+        {"method": "euler", "options": {"step_size": problem.dt}}
+        if problem.dt is not None
+        else {"method": "dopri5", "rtol": problem.tol, "atol": problem.tol}
+    )
+
+    def solve(p, u0):
+        extra = {"adjoint_params": tuple(parameters(p))} if variant == "odeint_adjoint" else {}
+        u = getattr(torchdiffeq, variant)(lambda t, u: problem.f(t, u, p), u0, times, **method, **extra)
+        return u[-1:] if problem.saveat is None else u
+
+    return torch_gradient(problem, solve)
+
+
+def torchode(variant: str, problem: Problem):
+    import torch
+    import torchode
+
+    single, batch = (True, 1) if problem.u0.ndim == 1 else (False, len(problem.u0))
+    times = torch.tensor(problem.tspan, dtype=torch.float64) if problem.saveat is None else problem.saveat
+
+    def f(t, u, p):
+        return problem.f(t, u[0], p)[None] if single else problem.f(t, u, p)
+
+    term = torchode.ODETerm(f, with_args=True)
+    if problem.dt is not None:
+        method, controller = torchode.Euler(term), torchode.FixedStepController()
+        dt0 = torch.full((batch,), problem.dt, dtype=torch.float64)
+    else:
+        method, dt0 = torchode.Dopri5(term), None
+        controller = torchode.IntegralController(atol=problem.tol, rtol=problem.tol, term=term)
+    solver = getattr(torchode, variant)(method, controller)
+
+    def solve(p, u0):
+        initial = torchode.InitialValueProblem(y0=u0[None] if single else u0, t_eval=times.expand(batch, -1))
+        u = solver.solve(initial, dt0=dt0, args=p).ys
+        return u[:, -1:] if problem.saveat is None else u
+
+    return torch_gradient(problem, solve)
+
+
+def scipy(variant: str, problem: Problem):
+    from scipy.integrate import solve_ivp
+
+    u0, p = problem.u0, problem.p
+    t0, t1 = problem.tspan
+    options = {"rtol": problem.tol, "atol": problem.tol, "max_step": problem.dtmax or np.inf}
+
+    def forward(p):
+        return solve_ivp(problem.f, problem.tspan, u0, args=(p,), **options).y[:, -1]
+
+    def differences():
+        steps = np.diag(np.cbrt(np.finfo(float).eps) * np.abs(p))
+        return np.array([(problem.loss(forward(p + d)) - problem.loss(forward(p - d))) / (2 * d.sum()) for d in steps])
+
+    def adjoint():
+        u = solve_ivp(problem.f, problem.tspan, u0, args=(p,), dense_output=True, **options).sol
+
+        def backward(t, state):
+            return -np.concatenate(problem.vjp(t, u(t), p, state[: len(u0)]))
+
+        end = np.concatenate([np.ones_like(u0), np.zeros_like(p)])  # the loss is the sum of the final state
+        return solve_ivp(backward, (t1, t0), end, **options).y[len(u0) :, -1]
+
+    return {"RK45": lambda: forward(p), "differences": differences, "adjoint": adjoint}[variant]

@@ -1,0 +1,241 @@
+"""The problems that are timed, written once for every framework, and the table of what is compared with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Ops(NamedTuple):
+    """How a framework spells the few operations the problems need."""
+
+    array: Callable
+    stack: Callable
+    linear: Callable
+    tanh: Callable
+    relu: Callable
+
+
+def numpy_ops() -> Ops:
+    return Ops(np.asarray, np.array, lambda u, w, b: u @ w + b, np.tanh, lambda x: np.maximum(x, 0))
+
+
+def jax_ops() -> Ops:
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    jax.block_until_ready(jax.jit(jnp.sin)(1.0))  # start the runtime before any clock
+    return Ops(jnp.asarray, jnp.stack, lambda u, w, b: u @ w + b, jnp.tanh, jax.nn.relu)
+
+
+def torch_ops() -> Ops:
+    import torch
+
+    torch.set_num_threads(1)
+    return Ops(
+        torch.as_tensor, torch.stack, lambda u, w, b: torch.nn.functional.linear(u, w.T, b), torch.tanh, torch.relu
+    )
+
+
+OPS = {"numpy": numpy_ops, "jax": jax_ops, "torch": torch_ops}
+
+
+class Problem(NamedTuple):
+    """A vector field `f(t, u, p)` with its data, in one framework's arrays, and what is asked of the solver."""
+
+    f: Callable
+    u0: Any
+    tspan: tuple[float, float]
+    p: Any
+    loss: Callable = lambda u: u.sum()
+    saveat: Any = None
+    tol: float = 1e-8  # rtol and atol
+    dt: float | None = None  # Euler with this step
+    dtmax: float | None = None
+    members: bool = False  # p has a leading axis of ensemble members
+    vjp: Callable | None = None
+
+
+def jax_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
+    """The compiled gradient of `loss(solve(p, u0))` with respect to `p`, for either side's `solve`."""
+    import jax
+
+    gradient = jax.value_and_grad(lambda p, u0: problem.loss(solve(p, u0)))
+    gradient = jax.jit(jax.vmap(gradient, in_axes=(0, None)) if problem.members else gradient)
+    return lambda: jax.block_until_ready(gradient(problem.p, problem.u0))[1]
+
+
+def torch_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
+    """The same by backpropagation."""
+    import torch
+
+    leaves = [leaf.requires_grad_() for leaf in parameters(problem.p)]
+    return lambda: torch.autograd.grad(problem.loss(solve(problem.p, problem.u0)), leaves)
+
+
+def parameters(p) -> list:
+    return p if isinstance(p, list) else [p]
+
+
+def mean_square(u):
+    return (u**2).mean()
+
+
+def lotka_volterra(ops: Ops, members: int = 0) -> Problem:
+    def f(t, u, p):
+        x, y = u[0], u[1]
+        a, b, c, d = p
+        return ops.stack([a * x - b * x * y, -c * y + d * x * y])
+
+    def vjp(t, u, p, lam):
+        (x, y), (a, b, c, d), (l0, l1) = u, p, lam
+        return (
+            np.array([l0 * (a - b * y) + l1 * d * y, -l0 * b * x + l1 * (d * x - c)]),
+            np.array([l0 * x, -l0 * x * y, -l1 * y, l1 * x * y]),
+        )
+
+    p = np.array([1.5, 1.0, 3.0, 1.0])
+    if members:
+        p = p * np.random.default_rng(0).uniform(0.8, 1.2, (members, 4))
+    return Problem(f, ops.array(np.ones(2)), (0.0, 10.0), ops.array(p), members=bool(members), vjp=vjp)
+
+
+def layers(ops: Ops, sizes: tuple[int, ...], gain: float) -> list:
+    """Weights and biases of a multilayer perceptron, one after the other, uniform in +-gain/sqrt(fan in)."""
+    rng = np.random.default_rng(0)
+    return [
+        ops.array(gain / np.sqrt(n) * rng.uniform(-1, 1, shape)) for n, m in pairwise(sizes) for shape in [(n, m), (m,)]
+    ]
+
+
+def perceptron(ops: Ops, activation: Callable, u, p):
+    for i in range(0, len(p) - 2, 2):
+        u = activation(ops.linear(u, p[i], p[i + 1]))
+    return ops.linear(u, p[-2], p[-1])
+
+
+def initial_states(ops: Ops, batch: int, size: int):
+    """One state vector, or a matrix with one state per row."""
+    return ops.array(np.random.default_rng(1).normal(size=(batch, size) if batch > 1 else size))
+
+
+def neural_ode(ops: Ops, batch: int, gain: float) -> Problem:
+    def f(t, u, p):
+        return perceptron(ops, ops.tanh, u**3, p)
+
+    saveat = ops.array(np.linspace(0.0, 1.5, 30))
+    p = layers(ops, (2, 64, 64, 2), gain)
+    return Problem(f, initial_states(ops, batch, 2), (0.0, 1.5), p, mean_square, saveat, tol=1e-6)
+
+
+def euler_mlp(ops: Ops, batch: int) -> Problem:
+    def f(t, u, p):
+        return perceptron(ops, ops.relu, u, p)
+
+    p = layers(ops, (100,) * 6, 1.0)
+    return Problem(f, initial_states(ops, batch, 100), (0.0, 10.0), p, mean_square, dt=0.01)
+
+
+def thousand_steps(ops: Ops) -> Problem:
+    """Nothing to compute: what is left is the solver's own time, and milliseconds read as microseconds a step."""
+    zero = ops.array(np.zeros(2))
+    return Problem(lambda t, u, p: zero, ops.array(np.ones(2)), (0.0, 1000.0), ops.array(np.ones(1)), dtmax=1.0)
+
+
+PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
+    "lotka-volterra": lotka_volterra,
+    "ensemble-1000": lambda ops: lotka_volterra(ops, members=1000),
+    "neural-ode-1": lambda ops: neural_ode(ops, 1, gain=1.0),
+    "neural-ode-256": lambda ops: neural_ode(ops, 256, gain=1.0),
+    "steep-neural-ode-1": lambda ops: neural_ode(ops, 1, gain=3.0),
+    "steep-neural-ode-256": lambda ops: neural_ode(ops, 256, gain=3.0),
+    "euler-mlp-1": lambda ops: euler_mlp(ops, 1),
+    "euler-mlp-100": lambda ops: euler_mlp(ops, 100),
+    "thousand-steps": thousand_steps,
+}
+
+
+class Row(NamedTuple):
+    """One line of the report: our algorithm against a peer's, and the ratio peer/ours we aim at."""
+
+    problem: str
+    quantity: str  # "gradient", "forward", "compile" (first call in a fresh process) or "import"
+    ours: str
+    peer: str
+    target: float | None = None
+
+
+# The peers that give, at a tight tolerance, the result from which errors are counted.
+REFERENCE = {
+    ("jax", "gradient"): "diffrax.RecursiveCheckpointAdjoint",
+    ("torch", "gradient"): "torchdiffeq.odeint",
+    ("numpy", "gradient"): "scipy.adjoint",
+    ("numpy", "forward"): "scipy.RK45",
+}
+
+_recursive, _backsolve = "diffrax.RecursiveCheckpointAdjoint", "diffrax.BacksolveAdjoint"
+
+ROWS: dict[str, list[Row]] = {
+    "jax": [
+        Row("lotka-volterra", "gradient", "auto", _recursive, 8),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", _recursive, 8),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", _backsolve, 1.3),
+        Row("lotka-volterra", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("lotka-volterra", "gradient", "ForwardSensitivity", _recursive),
+        Row("lotka-volterra", "gradient", "DirectAdjoint", "diffrax.DirectAdjoint"),
+        Row("lotka-volterra", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
+        Row("steep-neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2.5),
+        Row("steep-neural-ode-1", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("steep-neural-ode-1", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
+        Row("steep-neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.7),
+        Row("steep-neural-ode-256", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("steep-neural-ode-256", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
+        Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.6),
+        Row("euler-mlp-1", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("euler-mlp-1", "compile", "RecursiveCheckpointAdjoint", _recursive),
+        Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.6),
+        Row("euler-mlp-100", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("ensemble-1000", "gradient", "auto", _recursive, 2),
+        Row("ensemble-1000", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2),
+        Row("ensemble-1000", "gradient", "ForwardSensitivity", _backsolve),
+        Row("ensemble-1000", "compile", "RecursiveCheckpointAdjoint", _recursive),
+    ],
+    "torch": [
+        Row("lotka-volterra", "gradient", "auto", "torchdiffeq.odeint", 6),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 6),
+        Row("lotka-volterra", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint", 10),
+        Row("lotka-volterra", "gradient", "ForwardSensitivity", "torchdiffeq.odeint"),
+        Row("lotka-volterra", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 2.5),
+        Row("neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 40),
+        Row("neural-ode-1", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint"),
+        Row("neural-ode-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.6),
+        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 15),
+        Row("neural-ode-256", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.2),
+        Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 2.5),
+        Row("euler-mlp-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
+        Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint"),
+    ],
+    "numpy": [
+        Row("lotka-volterra", "forward", "Tsit5", "scipy.RK45"),
+        Row("lotka-volterra", "gradient", "auto", "scipy.differences"),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "scipy.differences"),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint+vjp", "scipy.adjoint"),
+        Row("lotka-volterra", "gradient", "InterpolatingAdjoint+vjp", "scipy.adjoint"),
+        Row("lotka-volterra", "gradient", "ForwardSensitivity", "scipy.differences"),
+        Row("thousand-steps", "forward", "Tsit5", "scipy.RK45"),
+    ],
+    "import": [
+        Row("import", "import", "sensitivity", "numpy"),
+        Row("import", "import", "sensitivity", "scipy.integrate"),
+        Row("import", "import", "sensitivity, jax", "diffrax"),
+        Row("import", "import", "sensitivity, torch", "torchdiffeq"),
+    ],
+}

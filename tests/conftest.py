@@ -1,0 +1,69 @@
+"""One small laboratory per backend: the namespace for `f`, arrays in, NumPy arrays out."""
+
+import importlib
+import os
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+from sensitivity.registry import registry
+
+# Backend name -> where its users' functions live.
+NAMESPACES = {"numpy": "autograd.numpy", "torch": "torch", "jax": "jax.numpy"}
+
+
+class Lab:
+    """What the tests need to speak one framework."""
+
+    def __init__(self, name):
+        self.name = name
+        self.xp = importlib.import_module(NAMESPACES[name])
+        self.be = registry().backend(name)
+
+    def __repr__(self):
+        return self.name
+
+    def array(self, x, dtype="float64"):
+        """An array of the framework."""
+        if self.name == "torch":
+            return self.xp.asarray(np.asarray(x), dtype=getattr(self.xp, dtype))
+        return self.xp.array(x, dtype=dtype)
+
+    def numpy(self, x):
+        """A NumPy array of whatever the library gave."""
+        return x.detach().numpy() if self.name == "torch" and hasattr(x, "detach") else np.asarray(x)
+
+    def tree(self, x):
+        """A pytree of NumPy arrays."""
+        leaves, structure = self.be.flatten(x)
+        return self.be.unflatten(structure, [self.numpy(v) if self.be.is_array(v) else v for v in leaves])
+
+    def lotka_volterra(self, t1=10.0, dtype="float64"):
+        import sensitivity as sa
+
+        xp = self.xp
+
+        def f(t, u, p):
+            x, y = u[0], u[1]
+            return xp.stack([p[0] * x - p[1] * x * y, -p[2] * y + p[3] * x * y])
+
+        return sa.ODEProblem(f, self.array([1.0, 1.0], dtype), (0.0, t1), self.array([1.5, 1.0, 3.0, 1.0], dtype))
+
+
+def available(name):
+    return name in registry().backends and importlib.util.find_spec(NAMESPACES[name].split(".")[0]) is not None
+
+
+@pytest.fixture(scope="session", params=sorted(NAMESPACES))
+def lab(request):
+    if not available(request.param):
+        pytest.skip(f"the {request.param} backend is not there")
+    return Lab(request.param)
+
+
+@pytest.fixture(scope="session")
+def numpy_lab():
+    return Lab("numpy")
