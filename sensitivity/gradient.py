@@ -109,7 +109,8 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
                          "leave dloss out, or sensealg=RecursiveCheckpointAdjoint()")
     answer = be.loss_vjp(total, _selected(x, order))
     if answer is None:
-        raise UnsupportedCombination(f"{be.name} AD fails on the solve or on the loss", f"{algorithm.name} needs it for both",
+        raise UnsupportedCombination(f"{be.name} AD fails on the solve or on the loss",
+                                     f"{algorithm.name} needs it for both",
                                      f"write f and loss in the AD's namespace{be.how_to_get_ad}, or "
                                      "sensealg=RecursiveCheckpointAdjoint() with dloss=")
     value, grads = answer

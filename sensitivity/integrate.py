@@ -121,9 +121,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
             assert k0 is not None
             h = initial_step(run, tab, rhs, s, u0, k0, rtol, atol, norm)
     length = abs(s.t1 - s.t0)
-    tiny = run.dtmin
-    if tiny is None:
-        tiny = 16.0 * be.eps(be.time_dtype(u0.dtype)) * be.greatest(abs(s.t0), abs(s.t1))
+    eps = be.eps(be.time_dtype(u0.dtype))
     k = tab.order
     delta = None if s.shift is None else s.shift[1] - s.shift[0]
 
@@ -146,6 +144,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)
         t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
         h_next = be.choose(last & keep, s.direction * be.greatest(wanted, abs(h) * factor), h * factor)
+        tiny = 16.0 * eps * be.greatest(abs(t), eps * length) if run.dtmin is None else run.dtmin
         stuck = (abs(h_next) < tiny) & (t != s.t1)
         status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
                            state.status)

@@ -31,6 +31,7 @@ from typing import Any
 from .choose import auto
 from .errors import (
     BrokenGradientError,
+    CapturedValueError,
     ImpureFunctionError,
     OutputError,
     ProbeWarning,
@@ -429,6 +430,10 @@ def _check_foreign(be: Any, f: Any, x: Any, like: Any, bare: bool) -> None:
             return
         raise OutputError(f"f returned a {type(x).__name__} where {wanted}, at {_where(f)}",
                           "the output has the structure of u", f"return shape {tuple(like.shape)}")
+    if other == "autograd":
+        raise CapturedValueError(f"f closes over a value that autograd is differentiating, at {_where(f)}",
+                                 "what f closes over cannot be reached under autograd",
+                                 "pass the value through p: ODEProblem(f, u0, tspan, p)")
     raise OutputError(f"f returned an array of {other} where u is an array of {be.name}, at {_where(f)}",
                       "one solve runs in one framework, so that its AD sees all of f",
                       f"compute with {be.name} operations from u to the result")

@@ -98,7 +98,7 @@ class Solution:
         return plot_solution(self, ax)
 
     def __repr__(self) -> str:
-        code = RetCode(int(self.retcode)).name if not hasattr(self.retcode, "aval") else "traced"
+        code = self.retcode.name if isinstance(self.retcode, RetCode) else "known when the values are"
         return (f"Solution(retcode={code}, rows={len(self.t)}, alg={self.alg!r}, sensealg={self.sensealg!r}, "
                 f"stats={self.stats!r})")
 

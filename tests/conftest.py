@@ -67,3 +67,19 @@ def lab(request):
 @pytest.fixture(scope="session")
 def numpy_lab():
     return Lab("numpy")
+
+
+# Compiling is what takes the time on JAX; one case of each kind stays among the quick tests.
+SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "ForwardSensitivity", "test_loss_of",
+               "test_dense_output_by_both", "test_every_product")
+QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "callspec", None) is None or "lab" not in item.callspec.params:
+            continue
+        if item.callspec.params["lab"] != "jax" or any(word in item.name for word in QUICK_ON_JAX):
+            continue
+        if any(word in item.name for word in SLOW_ON_JAX):
+            item.add_marker(pytest.mark.slow)

@@ -25,7 +25,7 @@ def decay(t, u, p):
     return -p * u
 
 
-def total(p, u0=np.ones(2), sensealg=sa.auto):
+def total(p, u0, sensealg):
     prob = sa.ODEProblem(lotka_volterra, u0, (0.0, 10.0), p)
     return anp.sum(sa.solve(prob, sa.Tsit5(), saveat=TS, sensealg=sensealg, **TIGHT).u)
 

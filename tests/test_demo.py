@@ -13,7 +13,8 @@ from sensitivity.demo import fit, record
 def test_record_is_the_published_series():
     years, counts = record()
     assert years == list(map(float, range(1900, 1921)))
-    assert counts[0] == [30.0, 4.0] and counts[-1] == [24.7, 8.6]
+    assert counts[0] == [30.0, 4.0]
+    assert counts[-1] == [24.7, 8.6]
     np.testing.assert_allclose(np.sum(counts, axis=0), [715.7, 423.5], atol=1e-9)
 
 

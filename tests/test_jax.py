@@ -155,9 +155,11 @@ def test_steps_are_padded_inside_jit_and_cut_outside():
     outside = sa.solve(prob, sa.Tsit5(), saveat="steps")
     inside = jax.jit(lambda: sa.solve(prob, sa.Tsit5(), saveat="steps", max_steps=50))()
     n = int(inside.n_steps)
-    assert outside.u.shape == (n, 1) and inside.u.shape == (50, 1)
+    assert outside.u.shape == (n, 1)
+    assert inside.u.shape == (50, 1)
     np.testing.assert_array_equal(inside.u[:n], outside.u)
-    assert np.isnan(inside.u[n:]).all() and np.isnan(inside.t[n:]).all()
+    assert np.isnan(inside.u[n:]).all()
+    assert np.isnan(inside.t[n:]).all()
     slope = jax.grad(lambda k: jnp.nansum(sa.solve(prob.remake(p=k), sa.Tsit5(), saveat="steps", max_steps=50).u[-1]))
     assert np.isfinite(slope(jnp.array(0.5)))
 
@@ -186,13 +188,15 @@ def test_a_failed_lane_is_nan_and_says_why():
 
     values, codes = jax.vmap(blow_up)(jnp.array([0.5, 2.0]))
     np.testing.assert_allclose(values[0], 1.0, rtol=1e-5)
-    assert np.isnan(values[1]) and codes[0] == sa.RetCode.Success != codes[1]
+    assert np.isnan(values[1])
+    assert codes[0] == sa.RetCode.Success != codes[1]
     slopes = jax.vmap(jax.grad(lambda u0: blow_up(u0)[0]))(jnp.array([0.5, 2.0]))
     np.testing.assert_allclose(slopes[0], 4.0, rtol=1e-4)
     assert np.isnan(slopes[1])
     with pytest.raises(sa.SolveError) as e:
         blow_up(jnp.array(2.0))
-    assert e.value.retcode in (sa.RetCode.DtMin, sa.RetCode.NonFinite, sa.RetCode.MaxSteps) and 0.4 < e.value.t < 0.6
+    assert e.value.retcode in (sa.RetCode.DtMin, sa.RetCode.NonFinite, sa.RetCode.MaxSteps)
+    assert 0.4 < e.value.t < 0.6
 
 
 def test_step_limit_inside_jit_is_nan_never_a_short_answer():

@@ -462,8 +462,8 @@ def _room_for_stages(k, capacity):
 def _append(log, record, mine):
     """Write a record at the next slot; the slot is taken when any lane keeps its record."""
     i = log.count
-    records = jax.tree.map(
-        lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0) if b.shape[0] else b, log.records, record)
+    put = lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0) if b.shape[0] else b  # noqa: E731
+    records = jax.tree.map(put, log.records, record)
     taken = any_lane(mine)
     return Log(records, lax.dynamic_update_index_in_dim(log.keep, mine, i, 0), i + taken.astype(jnp.int32),
                jnp.where(mine, i, log.newest))

@@ -92,7 +92,7 @@ def check_replay(h: Harness) -> None:
 
     def body(s: Any, record: Record, out: Contribution | None, last: Any) -> Any:
         s = 3.0 * s + record.t * record.u + record.h * record.k[1, :] + be.choose(last, 1000.0, 0.0)
-        return s if out is None or out.u is None else s + out.u
+        return s if out is None or out.u is None or out.k is None else s + out.u
 
     got = be.replay(body, h.array([1.0, 2.0]), log, extra)
     want = [1.0, 2.0]
@@ -290,7 +290,9 @@ def check_sample_transposed(h: Harness) -> None:
 
     def collect(s: Any, record: Record, out: Contribution | None, last: Any) -> Any:
         weight = 1.0 + record.t
-        return s if out is None or out.u is None else s + weight * out.u + 10.0 * weight * out.k[1, :]
+        if out is None or out.u is None or out.k is None:
+            return s
+        return s + weight * out.u + 10.0 * weight * out.k[1, :]
 
     got = be.replay(collect, h.array([0.0, 0.0]), log, extra)
     want = [sum((1.0 + kept[owner[i]][0]) * ct[i][m] * (1.0 + 10.0 * (TIMES[i] - kept[owner[i]][0]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import sensitivity as sa
-
 from problems import Problem, jax_gradient, torch_gradient
+
+import sensitivity as sa
 
 
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-
 from problems import Problem, jax_gradient, parameters, torch_gradient
 
 
