@@ -81,3 +81,10 @@ def test_second_derivatives_run_directly_and_are_refused_otherwise():
     np.testing.assert_allclose(twice(0.5), 4.0 * np.exp(-1.0), rtol=1e-8)
     with pytest.raises(sa.UnsupportedCombination, match="DirectAdjoint"):
         autograd.grad(autograd.grad(lambda k: end(k, sa.RecursiveCheckpointAdjoint())))(0.5)
+
+
+def test_a_field_that_ignores_the_state_has_zero_derivatives_and_no_noise():
+    prob = sa.ODEProblem(lambda t, u, p: p * anp.ones(2), np.array([1.0, 2.0]), (0.0, 2.0), np.array(0.5))
+    r = sa.gradient(prob, sa.Tsit5(), lambda sol: anp.sum(sol.u**2))
+    np.testing.assert_allclose(r.u0, [4.0, 6.0], rtol=1e-12)
+    np.testing.assert_allclose(r.p, 2 * 2.0 * (2.0 + 3.0), rtol=1e-12)

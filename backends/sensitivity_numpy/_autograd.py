@@ -1,62 +1,60 @@
 """Products by autograd, for functions written with `autograd.numpy`; imported only when asked for."""
 
+import warnings
+
 import numpy as np
-from autograd import value_and_grad
-from autograd.core import make_vjp
+from autograd import core, value_and_grad
+
+
+def make_vjp(function, x):
+    """`autograd`'s, without its warning: a result that does not depend on `x` has zero derivatives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Output seems independent of input")
+        return core.make_vjp(function, x)
 
 
 def vjp(f, theta, time, params):
     """`pull(t, u, ct)`; see `Backend.vjp`."""
-    rhs = None if params else f(theta)
-
-    def of(x):
-        t, u, *th = x
-        return (f(tuple(th)) if params else rhs)(t, u)
+    moved = theta if params else ()
+    fixed = None if params else f(theta)
+    k = len(moved)
 
     def pull(t, u, ct):
-        x = (t, u, *(theta if params else ()))
-        backward, out = make_vjp(_packed(of, time, t), _pack(x, time))
-        bars = _unpack(backward(_like(ct, out)), time)
-        return bars[1], tuple(bars[2:]), float(bars[0]) if time else 0.0
+        def rhs(x):
+            return (f(tuple(x[1 : k + 1])) if params else fixed)(x[k + 1] if time else t, x[0])
+
+        backward, out = make_vjp(rhs, (u, *moved, t) if time else (u, *moved))
+        u_bar, *bars = backward(np.asarray(ct, dtype=np.asarray(out).dtype))
+        return u_bar, tuple(bars[:k]), float(bars[k]) if time else 0.0
 
     return pull
 
 
-def _packed(of, time, t):
-    from autograd.builtins import tuple as box_tuple  # noqa: F401  (registers tuples as differentiable containers)
-
-    return of if time else lambda x: of((t, *x))
-
-
-def _pack(x, time):
-    return tuple(x) if time else tuple(x[1:])
-
-
-def _unpack(bars, time):
-    return bars if time else (0.0, *bars)
-
-
-def _like(ct, out):
-    return np.asarray(ct, dtype=np.asarray(out).dtype)
-
-
 def jvp(f, theta, d_theta):
-    """`push(t, u, du, dt)` by the transpose of the transpose: linear in the cotangent, so differentiated once more."""
+    """`push(t, u, du, dt)`: by rows of the Jacobians, or, for few directions, by the transpose of the transpose."""
 
     def push(t, u, du, dt):
-        def pulled(v):
-            backward, _ = make_vjp(lambda x: f(tuple(x[2:]))(x[0], x[1]), (float(t), u, *theta))
-            return backward(v)
+        m, n = du.shape
+        x = (float(t), u, *theta)
+        directions = (np.zeros(m) if dt is None else dt, du, *d_theta)
+        backward, out = make_vjp(lambda x: f(tuple(x[2:]))(x[0], x[1]), x)
+        if n <= m:
+            rows = (backward(e) for e in np.eye(n, dtype=np.asarray(out).dtype))
+            columns = [sum(_dots(d, bar) for d, bar in zip(directions, row, strict=True)) for row in rows]
+            return out, np.stack(columns, axis=1)
 
-        out = f(theta)(t, u)
+        def pulled(v):
+            return make_vjp(lambda x: f(tuple(x[2:]))(x[0], x[1]), x)[0](v)
+
         twice, _ = make_vjp(pulled, np.zeros_like(out))
-        rows = []
-        for i in range(du.shape[0]):
-            d = (0.0 if dt is None else float(dt[i]), du[i], *(v[i] for v in d_theta))
-            rows.append(twice(d))
-        return out, np.stack(rows)
+        return out, np.stack([twice(tuple(d[i] for d in directions)) for i in range(m)])
 
     return push
+
+
+def _dots(directions, bar):
+    """The inner product of each direction with a cotangent."""
+    return np.reshape(directions, (len(directions), -1)) @ np.reshape(bar, (-1,))
 
 
 def loss_vjp(loss, args):

@@ -1,0 +1,47 @@
+"""Combinations that are refused: before any work, by name, with what to use instead."""
+
+import numpy as np
+import pytest
+
+import sensitivity as sa
+
+PROB = sa.ODEProblem(lambda t, u, p: -p * u, np.array([1.0, 2.0]), (0.0, 1.0), np.array(0.5))
+
+
+def ones(sol):
+    return np.ones_like(sol.u)
+
+
+def gradient(**options):
+    return sa.gradient(PROB, options.pop("alg", sa.Tsit5()), lambda sol: sol.u.sum(), dloss=ones, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [
+        ({"sensealg": sa.InterpolatingAdjoint(), "dense": True}, "RecursiveCheckpointAdjoint"),
+        ({"sensealg": sa.ForwardSensitivity(), "dense": True}, "RecursiveCheckpointAdjoint"),
+        ({"sensealg": sa.ForwardSensitivity(), "saveat": "steps"}, "RecursiveCheckpointAdjoint"),
+        ({"sensealg": sa.InterpolatingAdjoint(), "saveat": "steps", "wrt": "t0"}, "RecursiveCheckpointAdjoint"),
+        ({"sensealg": sa.RecursiveCheckpointAdjoint(sa.UserVJP())}, "FiniteDifferenceVJP"),
+        ({"alg": sa.RK4(), "controller": sa.PIController()}, "Tsit5"),
+        ({"events": [lambda t, u, p: u[0]]}, "remake"),
+    ],
+    ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else None,
+)
+def test_refused_with_an_alternative(options, instead):
+    with pytest.raises(sa.UnsupportedCombination) as e:
+        gradient(**options)
+    assert instead in str(e.value)
+
+
+def test_mass_matrix_is_refused_by_explicit_methods():
+    with pytest.raises(sa.UnsupportedCombination, match="mass matrix"):
+        sa.solve(PROB.remake(mass_matrix=np.eye(2)), sa.Tsit5())
+
+
+@pytest.mark.parametrize("name", ["u0", "p", "t0", "t1", "saveat"])
+@pytest.mark.parametrize("sensealg", [sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint()])
+def test_what_was_not_asked_for_is_none(sensealg, name):
+    r = gradient(sensealg=sensealg, wrt=name, saveat=np.array([0.5, 1.0]))
+    assert [n for n in ("u0", "p", "t0", "t1", "saveat") if getattr(r, n) is not None] == [name]
