@@ -47,7 +47,8 @@ def save_fit(path: str, years: Any, data: Any, times: Any, fit: Any, labels: tup
         ax.plot(years, data[:, j], "o", color=line.get_color(), label=f"{label}, recorded")
     ax.set_xlabel("year")
     ax.set_ylabel("pelts (thousands)")
-    ax.legend()
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     ax.figure.savefig(path, dpi=150, bbox_inches="tight")
     import matplotlib.pyplot as plt
 

@@ -61,7 +61,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, xp = run.be, run.be.xp
         if run.saves == "steps" and base.times_wanted(wanted):
-            raise base.unsupported(self.name, "derivatives in t0 and t1 with saveat='steps', whose times move with them",
+            raise base.unsupported(self.name, "derivatives in t0 and t1 of saveat='steps', whose times move with them",
                                    "RecursiveCheckpointAdjoint()")
         run = _dense(run)
         x, log, end = base.opened(run, residuals)
