@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .algorithms.base import Aux, Outputs
@@ -12,15 +14,23 @@ from .interpolate import interpolant
 from .system import Inputs
 
 
-def dense_output(run: Run, x: Inputs, out: Outputs, aux: Aux) -> Callable[[Any], Any]:
-    """The function behind `Solution.__call__`."""
-    be, layout = run.be, run.field.u
-    t0, t1 = be.concrete(x.t0), be.concrete(x.t1)
-    log = be.unstacked(*aux.mesh, out.nodes, out.stages, aux.accepted)
-    interpolate = interpolant(be, run.tableau)
-    direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
+@dataclass(frozen=True, eq=False)
+class DenseOutput:
+    """The states between the recorded steps of one solve."""
 
-    def state(t: Any) -> Any:
+    run: Run
+    x: Inputs
+    out: Outputs
+    aux: Aux
+
+    @cached_property
+    def log(self) -> Any:
+        return self.run.be.unstacked(*self.aux.mesh, self.out.nodes, self.out.stages, self.aux.accepted)
+
+    def __call__(self, t: Any) -> Any:
+        run, x = self.run, self.x
+        be, layout = run.be, run.field.u
+        t0, t1 = be.concrete(x.t0), be.concrete(x.t1)
         ts = be.asarray(t, dtype=be.time_dtype(x.u0.dtype), device=be.device(x.u0))
         single = ts.ndim == 0
         ts = be.xp.reshape(ts, (-1,))
@@ -28,8 +38,23 @@ def dense_output(run: Run, x: Inputs, out: Outputs, aux: Aux) -> Callable[[Any],
             if t0 is not None and t1 is not None and not min(t0, t1) <= value <= max(t0, t1):
                 raise TimesError(f"sol({value:g}) lies outside tspan=({t0:g}, {t1:g})",
                                  "the solver does not extrapolate", "choose t inside the span")
-        rows = be.sample(interpolate, log, be.scalars(ts), x.u0, direction)
+        direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
+        rows = be.sample(interpolant(be, run.tableau), self.log, be.scalars(ts), x.u0, direction)
         leaves = layout.unravel(be, rows[0, :] if single else rows)
         return be.unflatten(layout.structure, leaves)
 
-    return state
+
+@dataclass(eq=False)
+class LaterOutput:
+    """Dense output of a solution that kept none: the first call solves once more, and keeps it."""
+
+    solve: Callable[..., Any]
+    prob: Any
+    alg: Any
+    options: dict[str, Any]
+    dense: Any = None
+
+    def __call__(self, t: Any) -> Any:
+        if self.dense is None:
+            self.dense = self.solve(self.prob, self.alg, **{**self.options, "saveat": None, "dense": True}).dense
+        return self.dense(t)

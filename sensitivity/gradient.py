@@ -13,13 +13,13 @@ from .errors import InputError, NumericalDerivativeWarning, SolveError, Unsuppor
 from .integrate import RetCode, Run
 from .probe import through_ad
 from .solution import Gradient
-from .solve import build, checked, prepare_options, report, warn_numerical
+from .solve import build, checked, count, prepare_options, report, warn_numerical
 from .system import Inputs
 
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 
 
-def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = None, *, wrt: Any = ("u0", "p"),
+def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = None, *, wrt: Any = None,
              sensealg: Any = auto, dloss: Callable[[Any], Any] | None = None, on_failure: str = "raise",
              **options: Any) -> Gradient:
     """Value and gradient of `loss(solution)`.
@@ -30,8 +30,8 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
         As for `solve`.
     loss : callable
         A real scalar function of the `Solution`.
-    wrt : str or tuple of str
-        Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to.
+    wrt : str or tuple of str, optional
+        Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional
         `dloss(solution)` is the derivative of the loss with respect to `sol.u`, in its structure. Without it the
         framework's AD differentiates the loss; where there is none, central differences do (with a warning).
@@ -50,7 +50,7 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     SolveError
         The forward or the reverse solve failed.
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = ("u0", "p") if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
         if name not in NAMES:
             raise InputError(f"wrt holds {name!r}", "a problem has no such part",
@@ -59,6 +59,8 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
+    if wrt is None and not x.theta:
+        names = ("u0",)
     if "p" in names and not x.theta:
         raise InputError("wrt holds 'p', but the problem has no floating-point parameters",
                          "nothing can be differentiated", "ODEProblem(f, u0, tspan, p), or wrt='u0'")
@@ -85,7 +87,7 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
         raise SolveError(f"the reverse solve of {algorithm.name} failed: {RetCode(int(status)).name}",
                          "the adjoint equation needs more steps than allowed",
                          "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(status)), None, sol)
-    sol.stats.nvjp, sol.stats.nfe = bar.nvjp, sol.stats.nfe + bar.nfe
+    sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
     parts = {"u0": bar.u0, "theta": bar.theta, "t0": bar.t0, "t1": bar.t1, "saveat": bar.saveat}
     total = {name: _sum(be, parts[name], direct.get(name)) for name in wanted}
     return _result(run, x, value, total, sol, algorithm)

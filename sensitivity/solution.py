@@ -73,10 +73,12 @@ class Solution:
     def __call__(self, t: Any) -> Any:
         """The state at time `t` (a number or a vector of times) from dense output.
 
+        A solve made without `dense=True` is repeated once, at the first call.
+
         Raises
         ------
         InputError
-            The solve was made without `dense=True`.
+            Inside the loss of `gradient`, where nothing is solved again: ask for `dense=True` there.
         TimesError
             A time lies outside the span.
         """

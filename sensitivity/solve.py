@@ -7,7 +7,7 @@ from typing import Any
 
 from .algorithms.base import Aux, Outputs, SensitivityAlgorithm
 from .choose import auto, choose
-from .dense import dense_output
+from .dense import DenseOutput, LaterOutput
 from .errors import InputError, NumericalDerivativeWarning, SolveError
 from .integrate import RetCode, Run
 from .prepare import prepare
@@ -39,7 +39,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     dtmin, dtmax, tstops, controller, norm
         Step control: bounds, times to step on exactly, `PIController()` or `FixedStep()`, error norm of a vector.
     dense : bool
-        Keep dense output for `sol(t)`.
+        Keep dense output for `sol(t)`; without it the first `sol(t)` solves once more.
     backend, device, dtype
         Where to compute; by default what the arrays say.
     progress : bool or callable `(fraction, t)`
@@ -65,7 +65,11 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     algorithm, run = choose(run, x, checked(sensealg))
     out, aux = run.be.attach(algorithm, run, x)
-    return report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    if sol.dense is None:
+        later = sensealg if algorithm.exact else auto
+        sol.dense = LaterOutput(solve, prob, alg, {**options, "sensealg": later, "on_failure": on_failure})
+    return sol
 
 
 KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "dtmin", "dtmax", "dense", "backend", "device", "dtype",
@@ -101,12 +105,19 @@ def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux
     be, layout = run.be, run.field.u
     u, times = be.trimmed(out.u, aux.ts, aux.accepted) if run.saves == "steps" else (out.u, aux.ts)
     tree = be.unflatten(layout.structure, layout.unravel(be, u))
-    stats = Stats(nfe=aux.nfe, naccept=aux.accepted, nreject=aux.rejected)
+    accepted, rejected, nfe = (count(be, v) for v in (aux.accepted, aux.rejected, aux.nfe))
+    stats = Stats(nfe=nfe, naccept=accepted, nreject=rejected)
     code = be.concrete(aux.status)
     retcode = aux.status if code is None else RetCode(int(code))
-    dense = dense_output(run, x, out, aux) if run.dense else None
-    return Solution(be.time_vector(times, x.u0), tree, stats, retcode, aux.accepted, prob, run.method, algorithm, None,
+    dense = DenseOutput(run, x, out, aux) if run.dense else None
+    return Solution(be.time_vector(times, x.u0), tree, stats, retcode, accepted, prob, run.method, algorithm, None,
                     dense)
+
+
+def count(be: Any, number: Any) -> Any:
+    """A count as a Python integer where it is known."""
+    value = be.concrete(number)
+    return number if value is None else int(value)
 
 
 def report(sol: Solution, run: Run, aux: Aux, on_failure: str) -> Solution:

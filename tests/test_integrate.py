@@ -108,8 +108,21 @@ def test_dense(lab, method, tspan):
 
 
 def test_dense_was_not_asked_for(lab):
+    calls = []
+    prob = problem(lab)
+
+    def counted(t, u, p):
+        calls.append(t)
+        return prob.f(t, u, p)
+
+    sol = sa.solve(prob.remake(f=counted), sa.Tsit5(), saveat=[0.5], rtol=1e-9, atol=1e-9)
+    kept = sa.solve(prob, sa.Tsit5(), dense=True, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(lab.numpy(sol(1.0)), lab.numpy(kept(1.0)))
+    before = len(calls)
+    sol(1.5)
+    assert len(calls) == before
     with pytest.raises(sa.InputError, match="dense=True"):
-        sa.solve(problem(lab), sa.Tsit5())(1.0)
+        sa.gradient(prob, sa.Tsit5(), lambda sol: lab.xp.sum(sol(1.0)))
 
 
 # -- span and steps -----------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import warnings
 import numpy as np
 from autograd import core, value_and_grad
 
+from sensitivity.errors import SensitivityError
+
 
 def make_vjp(function, x):
     """`autograd`'s, without its warning: a result that does not depend on `x` has zero derivatives."""
@@ -61,6 +63,8 @@ def loss_vjp(loss, args):
     """Value and gradient, or None if the loss cannot be differentiated."""
     try:
         value, grads = value_and_grad(lambda x: loss(*x))(tuple(args))
+    except SensitivityError:
+        raise
     except Exception:  # whatever keeps autograd from a user's function, differences take over
         return None
     return value, tuple(grads)
