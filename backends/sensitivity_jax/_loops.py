@@ -17,6 +17,7 @@ from sensitivity.backend import Contribution, Loops, Record
 from ._lanes import active, any_lane, select
 
 STAGE_NUMBERS = 2**20
+STAGE_SLOTS = 512
 MASKED_SAVES = 64
 
 
@@ -455,8 +456,11 @@ def _typed(result):
 
 
 def _room_for_stages(k, capacity):
-    """Slots that keep their stages: none where one stage is all there is, else as many as the budget allows."""
-    return 0 if k.shape[0] == 1 else min(capacity, max(1, STAGE_NUMBERS // max(k.size, 1)))
+    """Slots that keep their stages: none where one stage is all there is, else as many as the budget allows.
+
+    Buffers are filled before they are used, in every lane of a batch, so room for steps that few solves take is dear.
+    """
+    return 0 if k.shape[0] == 1 else min(capacity, STAGE_SLOTS, max(1, STAGE_NUMBERS // max(k.size, 1)))
 
 
 def _append(log, record, mine):
