@@ -32,12 +32,14 @@ class Backend(Loops):
     modes : subset of `{"reverse", "forward"}`: derivatives of a callable that the framework offers.
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
+    attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
     """
 
     name: str
     modes: frozenset[str] = frozenset()
     opaque = False
+    attaches = False
     complex = True
     how_to_get_ad = ""
     xp: Any = None

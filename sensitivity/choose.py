@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,10 @@ class _Auto:
 auto: Any = _Auto()
 
 
-def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
+def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any, Run]:
     """The algorithm in use, with its reasons, and the run with its VJP choice bound.
+
+    Without `verify`, which a solve that nobody can differentiate does not need, products are not checked by value.
 
     Raises
     ------
@@ -40,7 +43,7 @@ def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
         because = ("exact gradient of the computed solution; costs one product with the derivatives of f per stage",)
     vjp = sensealg.vjp
     if vjp is None or vjp is auto:
-        vjp, reason = choose_vjp(run, x)
+        vjp, reason = choose_vjp(run, x, verify)
         because += (reason,)
     elif missing := vjp.missing(run):
         raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,
@@ -50,18 +53,33 @@ def choose(run: Run, x: Inputs, sensealg: Any) -> tuple[Any, Run]:
     return replace(sensealg, vjp=vjp, because=because), run
 
 
-def choose_vjp(run: Run, x: Inputs) -> tuple[VJP, str]:
+def choose_vjp(run: Run, x: Inputs, verify: bool = True) -> tuple[VJP, str]:
     """The first of: the user's products, the framework's reverse mode, differences."""
     be, user, reverse = run.be, UserVJP(), ReverseVJP()
     if user.missing(run) is None and run.field.p.count == len(x.theta):
         return user, "the problem carries its own derivatives"
     missing = reverse.missing(run)
-    if missing is None and be.opaque:
-        missing = _disagreement(run, x)
+    if missing is None and be.opaque and verify:
+        missing = _checked_once(run, x)
     if missing is None:
         return reverse, f"reverse-mode AD of {be.name}"
     return FiniteDifferenceVJP(), (f"central differences, because {missing}; vjp=ComplexStepVJP() is exact for an "
                                    "analytic f, ODEProblem(vjp=...) for any")
+
+
+_verdicts: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
+
+
+def _checked_once(run: Run, x: Inputs) -> str | None:
+    """`_disagreement`, remembered for each function and each shape of its arguments."""
+    try:
+        known = _verdicts.setdefault(run.field.f, {})
+    except TypeError:
+        return _disagreement(run, x)
+    key = (run.backend, x.u0.dtype, run.field.u.shapes, tuple(tuple(v.shape) for v in x.theta))
+    if key not in known:
+        known[key] = _disagreement(run, x)
+    return known[key]
 
 
 def _disagreement(run: Run, x: Inputs) -> str | None:

@@ -63,7 +63,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         raise InputError(f"on_failure={on_failure!r} is none of the possible values",
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
-    algorithm, run = choose(run, x, checked(sensealg))
+    algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches)
     out, aux = run.be.attach(algorithm, run, x)
     sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
     if sol.dense is None:

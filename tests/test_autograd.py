@@ -88,3 +88,18 @@ def test_a_field_that_ignores_the_state_has_zero_derivatives_and_no_noise():
     r = sa.gradient(prob, sa.Tsit5(), lambda sol: anp.sum(sol.u**2))
     np.testing.assert_allclose(r.u0, [4.0, 6.0], rtol=1e-12)
     np.testing.assert_allclose(r.p, 2 * 2.0 * (2.0 + 3.0), rtol=1e-12)
+
+
+def test_a_plain_solve_evaluates_f_no_more_often_than_it_says():
+    calls = []
+
+    def f(t, u, p):
+        calls.append(t)
+        return -p * u
+
+    prob = sa.ODEProblem(f, np.array([1.0, 2.0]), (0.0, 1.0), np.array(0.5))
+    sol = sa.solve(prob, sa.Tsit5(), probe="off")
+    assert len(calls) == sol.stats.nfe
+    calls.clear()
+    sa.solve(prob, sa.Tsit5())
+    assert len(calls) == sol.stats.nfe + 2

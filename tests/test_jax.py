@@ -220,14 +220,14 @@ def test_f_is_traced_a_few_times_whatever_the_number_of_steps():
         return lotka_volterra(t, u, p)
 
     jax.jit(jax.grad(lambda p: sa.solve(problem(p, counted), sa.Tsit5(), saveat=TS, **TIGHT).u.sum()))(jnp.asarray(P))
-    assert len(calls) <= 12
+    assert len(calls) <= 5
     calls.clear()
     prob = problem(f=counted)
     for scale in (1.0, 1.1, 1.2):
         sa.solve(prob.remake(p=jnp.asarray(scale * P)), sa.Tsit5(), saveat=TS)
     first = len(calls)
     sa.solve(prob.remake(p=jnp.asarray(1.3 * P)), sa.Tsit5(), saveat=TS)
-    assert len(calls) == first <= 8
+    assert len(calls) == first <= 2
 
 
 def test_numpy_arrays_may_stand_beside_jax_arrays():

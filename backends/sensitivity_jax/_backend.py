@@ -18,12 +18,16 @@ from ._loops import BoundedLoops, JaxLoops
 
 
 class Closed(NamedTuple):
-    """`f` with time in the state's precision and the result in the state's dtype; equal for equal `f`."""
+    """`f` with time in the state's precision and the result in the state's dtype; equal for equal `f`.
+
+    With `once`, JAX keeps what it traced, so that the user's function runs once for each kind of argument.
+    """
 
     f: Any
+    once: bool
 
     def __call__(self, t, u, p, *captured):
-        return _shaped(self.f, t, u, p)
+        return _shaped(jax.jit(self.f, inline=True) if self.once else self.f, t, u, p)
 
 
 class ModuleField(NamedTuple):
@@ -59,6 +63,7 @@ def _register_results():
 class JaxBackend(JaxLoops, Backend):
     name = "jax"
     modes = frozenset({"reverse", "forward"})
+    attaches = True
     xp = jnp
 
     def __init__(self):
@@ -207,8 +212,9 @@ class JaxBackend(JaxLoops, Backend):
             captured = tuple(x for x in leaves if self.is_array(x) and self.is_float(x))
             rest = tuple(None if self.is_array(x) and self.is_float(x) else x for x in leaves)
             return ModuleField(structure, rest), captured
+        once = all(self.is_array(x) for x in jax.tree.leaves(p))
         if trace_state_clean():
-            return Closed(f), ()
+            return Closed(f, once), ()
         leaves, inside = jax.tree.flatten((t, u, p))
         arrays = [i for i, x in enumerate(leaves) if self.is_array(x)]
 
@@ -220,7 +226,7 @@ class JaxBackend(JaxLoops, Backend):
 
         closed, shape = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in arrays))
         if not any(isinstance(c, jax.core.Tracer) for c in closed.consts):
-            return Closed(f), ()
+            return Closed(f, once), ()
         traced = [isinstance(c, jax.core.Tracer) and self.is_float(c) for c in closed.consts]
         captured = tuple(c for c, on in zip(closed.consts, traced, strict=True) if on)
         fixed = [None if on else c for c, on in zip(closed.consts, traced, strict=True)]

@@ -17,6 +17,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     modes = frozenset({"reverse", "forward"})
+    attaches = True
     xp = xp
 
     def __init__(self, dtype=torch.float64, device=None):

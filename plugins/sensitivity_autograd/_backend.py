@@ -64,6 +64,7 @@ class Task:
 class AutogradBackend(BoxBackend):
     name = "autograd"
     opaque = True
+    attaches = True
 
     def flatten(self, tree):
         return super().flatten(_opened(tree))
