@@ -38,7 +38,7 @@ def check(slow: bool) -> list[str]:
         failed = {
             "ruff": python("-m", "ruff", "check", "--output-format", "concise"),
             "mypy": python("-m", "mypy"),
-            "mkdocs": python("-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", site),
+            "mkdocs": python("-m", "mkdocs", "build", "-f", ".mkdocs.yml", "--quiet", "--strict", "--site-dir", site),
             "pytest": python("-m", "pytest", "-n", "2", *select),
         }
     return [name for name, status in failed.items() if status]

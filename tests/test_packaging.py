@@ -128,6 +128,8 @@ def test_top_level_folders():
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
     folders = {name for name in folders - ignored if not name.endswith(".egg-info")}
     assert folders == {"sensitivity", "backends", "plugins", "tests", "docs"}
+    files = {p.name for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".")}
+    assert files == {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"}
 
 
 def test_no_import_package_where_only_a_folder_is_meant():
