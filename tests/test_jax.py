@@ -241,3 +241,31 @@ def test_second_use_of_a_gradient_costs_no_new_trace():
     np.testing.assert_allclose(a.p, GRAD_P, rtol=2e-9)
     np.testing.assert_allclose(a.u0, GRAD_U0, rtol=2e-9)
     assert int(a.stats.nvjp) == 6 * int(a.stats.naccept) + 1
+
+
+def test_a_callable_without_a_hash():
+    class Decay:
+        def __init__(self, rate):
+            self.rate = rate
+
+        def __eq__(self, other):
+            return isinstance(other, Decay) and self.rate == other.rate
+
+        __hash__ = None
+
+        def __call__(self, t, u, p):
+            return -self.rate * p * u
+
+    prob = sa.ODEProblem(Decay(0.5), jnp.array([1.0]), (0.0, 2.0), jnp.array(1.0))
+    r = sa.gradient(prob, sa.Tsit5(), lambda sol: sol.u[0, 0], **TIGHT)
+    np.testing.assert_allclose(r.p, -np.exp(-1.0), rtol=1e-9)
+
+
+def test_whole_numbers_and_words_in_p_stay_what_they_are():
+    def f(t, u, p):
+        return -sum(p["k"] for _ in range(p["n"])) * u if p["name"] == "decay" else u
+
+    prob = sa.ODEProblem(f, jnp.array([1.0]), (0.0, 1.0), {"k": jnp.array(0.25), "n": 2, "name": "decay"})
+    r = sa.gradient(prob, sa.Tsit5(), lambda sol: sol.u[0, 0], wrt="p", **TIGHT)
+    np.testing.assert_allclose(r.p["k"], -2.0 * np.exp(-0.5), rtol=1e-9)
+    assert r.p["n"] == 2

@@ -30,6 +30,22 @@ class Closed(NamedTuple):
         return _shaped(jax.jit(self.f, inline=True) if self.once else self.f, t, u, p)
 
 
+class ByIdentity:
+    """A callable that cannot be hashed, known by which object it is."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, t, u, p):
+        return self.f(t, u, p)
+
+    def __hash__(self):
+        return id(self.f)
+
+    def __eq__(self, other):
+        return isinstance(other, ByIdentity) and other.f is self.f
+
+
 class ModuleField(NamedTuple):
     """A callable pytree whose arrays were taken out."""
 
@@ -212,6 +228,8 @@ class JaxBackend(JaxLoops, Backend):
             captured = tuple(x for x in leaves if self.is_array(x) and self.is_float(x))
             rest = tuple(None if self.is_array(x) and self.is_float(x) else x for x in leaves)
             return ModuleField(structure, rest), captured
+        if type(f).__hash__ is None:
+            f = ByIdentity(f)
         once = all(self.is_array(x) for x in jax.tree.leaves(p))
         if trace_state_clean():
             return Closed(f, once), ()
