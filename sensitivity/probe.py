@@ -16,11 +16,8 @@ evaluated again for the same shapes and dtypes.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import linecache
 import math
-import os
 import sys
 import types
 import warnings
@@ -40,6 +37,7 @@ from .errors import (
     TracingError,
 )
 from .system import Layout
+from .userfunction import accepts, calling_depth, location, location_of_error, parameter_names, signed, unwrapped
 from .vjp import ComplexStepVJP, FiniteDifferenceVJP, UserVJP
 
 TIME = frozenset({"t", "time", "t_", "_t", "tau", "s", "_"})
@@ -78,7 +76,7 @@ def check(be: Any, prob: Any, t0: Any, u: Any, p: Any, mode: str, wrt: tuple[str
     except SensitivityError as e:
         if mode != "warn":
             raise
-        warnings.warn(str(e), ProbeWarning, stacklevel=_depth())
+        warnings.warn(str(e), ProbeWarning, stacklevel=calling_depth())
     if key is not None:
         for old in list(_passed)[: len(_passed) - CAPACITY + 1]:
             _passed.pop(old, None)
@@ -183,7 +181,7 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
         be.evaluate(call, t, _copied(be, u), p)
     if call.differs():
         raise ImpureFunctionError(
-            f"f gave two answers for one input, at {_where(f)}",
+            f"f gave two answers for one input, at {location(f)}",
             "random numbers or state kept inside f mislead the error control and every gradient",
             "draw random numbers before the solve and hand them over in p"
             + ("; dropout: f.eval()" if getattr(f, "training", False) else ""))
@@ -299,7 +297,7 @@ def _check_unchanged(be: Any, f: Any, name: str, tree: Any, leaves: list[Any], c
         a is not b or (a is not c and be.is_array(a) and _equal(be, a, c) is False)
         for a, b, c in zip(now, leaves, copies, strict=True)
     ):
-        raise _in_place(be, name, _where(f))
+        raise _in_place(be, name, location(f))
 
 
 def _equal(be: Any, a: Any, b: Any, loose: bool = False) -> bool | None:
@@ -325,13 +323,13 @@ def _equal(be: Any, a: Any, b: Any, loose: bool = False) -> bool | None:
 
 def _check_order(f: Any) -> None:
     """Names of the parameters that put time elsewhere than first."""
-    names = _names(f)
+    names = parameter_names(f)
     if names is not None and len(names) >= 3 and names[0] not in TIME and {"t", "time"} & set(names[1:3]):
-        raise _swapped(f, f"f takes ({', '.join(names[:3])}), at {_where(f)}", "by these names time is not first")
+        raise _swapped(f, f"f takes ({', '.join(names[:3])}), at {location(f)}", "by these names time is not first")
 
 
 def _swapped(f: Any, what: str, why: str) -> OutputError:
-    adapter = "from_sciml" if (_names(f) or [])[2:3] in (["t"], ["time"]) else "from_odeint"
+    adapter = "from_sciml" if (parameter_names(f) or [])[2:3] in (["t"], ["time"]) else "from_odeint"
     return OutputError(what, f"{why}, but f is called as f(t, u, p)",
                        "reorder them: def f(t, u, p): ..." + _adapter(adapter))
 
@@ -350,7 +348,7 @@ def _in_place(be: Any, name: str, place: str) -> ImpureFunctionError:
 
 def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
     return BrokenGradientError(
-        f"the output of f changes with {name}, but {be.name} sees no dependence on {name}, at {_where(f)}",
+        f"the output of f changes with {name}, but {be.name} sees no dependence on {name}, at {location(f)}",
         f"f leaves the AD (.detach(), .item(), .data, no_grad, NumPy), so gradients would silently lack df/d{name}",
         f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}; "
         "if f only jumps there, probe='off'")
@@ -360,7 +358,7 @@ def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], 
                   first: bool) -> list[Any]:
     """The leaves of an output that has structure, shapes and kind of the state."""
     if out is None:
-        raise OutputError(f"f returned None, at {_where(f)}", "a vector field returns du/dt",
+        raise OutputError(f"f returned None, at {location(f)}", "a vector field returns du/dt",
                           "end f with return dudt" + _adapter("from_sciml"))
     leaves = _leaves(be, out)
     if not _alike(be, args[1], out):
@@ -371,7 +369,7 @@ def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], 
         shape, wanted = getattr(x, "shape", ()), v.shape
         if shape != wanted:
             shape, wanted = tuple(shape), tuple(wanted)
-            what = f"f returned shape {shape}, u has shape {wanted}, at {_where(f)}"
+            what = f"f returned shape {shape}, u has shape {wanted}, at {location(f)}"
             if first and not be.traced and _fits_swapped(be, f, *args):
                 raise _swapped(f, what, "f(u, t, p) would have the right shape: time seems to come second")
             alike = math.prod(shape) == math.prod(wanted)
@@ -387,7 +385,7 @@ def _alike(be: Any, a: Any, b: Any) -> bool:
 
 
 def _wrong_structure(be: Any, f: Any, u: Any, out: Any, leaves: list[Any]) -> OutputError:
-    what = f"f returned {_described(out)}, u is {_described(u)}, at {_where(f)}"
+    what = f"f returned {_described(out)}, u is {_described(u)}, at {location(f)}"
     xp = {"numpy": "np", "autograd": "np", "jax": "jnp"}.get(be.name, be.name)
     if hasattr(u, "shape"):
         fix = "return one array"
@@ -421,27 +419,27 @@ def _check_foreign(be: Any, f: Any, x: Any, like: Any, bare: bool) -> None:
             bare = False
         if not bare:
             fix = "torch.full_like(u, x)" if be.name == "torch" else "np.full_like(u, x)"
-            raise OutputError(f"f returned the number {x!r} where {wanted}, at {_where(f)}",
+            raise OutputError(f"f returned the number {x!r} where {wanted}, at {location(f)}",
                               "the output has the structure of u", f"return an array: {fix}")
         return
     other = registry().kind_of(x)
     if other in (None, be.name):
         if hasattr(x, "shape") and hasattr(x, "dtype"):
             return
-        raise OutputError(f"f returned a {type(x).__name__} where {wanted}, at {_where(f)}",
+        raise OutputError(f"f returned a {type(x).__name__} where {wanted}, at {location(f)}",
                           "the output has the structure of u", f"return shape {tuple(like.shape)}")
     if other == "autograd":
-        raise CapturedValueError(f"f closes over a value that autograd is differentiating, at {_where(f)}",
+        raise CapturedValueError(f"f closes over a value that autograd is differentiating, at {location(f)}",
                                  "what f closes over cannot be reached under autograd",
                                  "pass the value through p: ODEProblem(f, u0, tspan, p)")
-    raise OutputError(f"f returned an array of {other} where u is an array of {be.name}, at {_where(f)}",
+    raise OutputError(f"f returned an array of {other} where u is an array of {be.name}, at {location(f)}",
                       "one solve runs in one framework, so that its AD sees all of f",
                       f"compute with {be.name} operations from u to the result")
 
 
 def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
     name, wanted = (str(v.dtype).removeprefix("torch.") for v in (x, like))
-    what = f"f returned dtype {name}, u has {wanted}, at {_where(f)}"
+    what = f"f returned dtype {name}, u has {wanted}, at {location(f)}"
     if name == "object":
         raise OutputError(what, "NumPy makes such arrays of entries that are no plain numbers",
                           "stack arrays of one shape; with autograd, import autograd.numpy as np")
@@ -455,7 +453,7 @@ def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
             raise OutputError(what, "the steps add it to a complex state in place", "return dudt + 0j")
     elif first and x.dtype != like.dtype:
         warnings.warn(f"{what}; the solve goes on in {wanted}. Constants in f may have another precision than u0",
-                      ProbeWarning, stacklevel=_depth())
+                      ProbeWarning, stacklevel=calling_depth())
 
 
 def _fits_swapped(be: Any, f: Any, t: Any, u: Any, p: Any) -> bool:
@@ -489,115 +487,33 @@ def _explained(be: Any, f: Any, e: Exception) -> SensitivityError | None:
     kinds = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith("jax")}
     for kind, what, fix in _TRACED:
         if kind in kinds:
-            return TracingError(f"f {what}, at {_line(e, f)}", "values are unknown while f is traced and compiled", fix)
+            return TracingError(f"f {what}, at {location_of_error(e, f)}",
+                                "values are unknown while f is traced and compiled", fix)
     if text.startswith("vmap:"):
-        return TracingError(f"f asks for a value inside vmap, at {_line(e, f)}", "there it stands for many values",
+        return TracingError(f"f asks for a value inside vmap, at {location_of_error(e, f)}",
+                            "there it stands for many values",
                             "torch.where(condition, a, b), and tensors instead of Python numbers")
     if "Can't call numpy() on Tensor that requires grad" in text:
-        return BrokenGradientError(f"f hands a tensor that is differentiated to NumPy, at {_line(e, f)}",
+        return BrokenGradientError(f"f hands a tensor that is differentiated to NumPy, at {location_of_error(e, f)}",
                                    "NumPy records nothing, so gradients would silently lack this part of f",
                                    f"the torch function of the same name; {BLACK_BOX}")
     if "leaf Variable that requires grad" in text or "JAX arrays are immutable" in text:
-        return _in_place(be, "an array", _line(e, f))
-    if isinstance(e, TypeError) and "argument" in text and not _accepts(f, e):
+        return _in_place(be, "an array", location_of_error(e, f))
+    if isinstance(e, TypeError) and "argument" in text and not accepts(f, e):
         return _wrong_signature(f)
     return None
 
 
 def _wrong_signature(f: Any) -> SignatureError:
-    names = _names(f) or []
-    name = getattr(_unwrapped(f), "__name__", "f")
+    names = parameter_names(f) or []
+    name = getattr(unwrapped(f), "__name__", "f")
     hint = _adapter("from_sciml") if len(names) == 4 else ""
     if len(names) == 2:
         hint = _adapter("from_scipy" if names[0] in TIME else "from_odeint")
     try:
-        given = str(inspect.signature(_signed(f)))
+        given = str(inspect.signature(signed(f)))
     except (TypeError, ValueError):
         given = ""
-    return SignatureError(f"f{given} cannot be called as f(t, u, p), at {_where(f)}",
+    return SignatureError(f"f{given} cannot be called as f(t, u, p), at {location(f)}",
                           "a vector field takes time, state and parameters; p is None where the problem has none",
                           ("lambda t, u, p: ..." if name == "<lambda>" else f"def {name}(t, u, p): ...") + hint)
-
-
-def _accepts(f: Any, e: Exception) -> bool:
-    """Whether the signature admits three positional arguments; without one, whether the call got inside `f`."""
-    try:
-        inspect.signature(_signed(f)).bind(None, None, None)
-    except TypeError:
-        return False
-    except ValueError:  # no signature
-        return e.__traceback__ is not None and e.__traceback__.tb_next is not None
-    return True
-
-
-def _signed(f: Any) -> Any:
-    """What carries the signature: `forward` of a module whose `__call__` takes anything."""
-    return f.forward if callable(getattr(f, "forward", None)) else f
-
-
-def _names(f: Any) -> list[str] | None:
-    """Names of the positional parameters, None if unknown."""
-    f = _signed(f)
-    if type(f) is types.FunctionType:
-        return list(f.__code__.co_varnames[: f.__code__.co_argcount])
-    try:
-        parameters = inspect.signature(f).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    return [q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)]
-
-
-# -- places -----------------------------------------------------------------------------------------------------------
-
-
-def _unwrapped(f: Any) -> Any:
-    """The Python function behind partials, decorators, methods, modules and callable objects."""
-    for _ in range(20):
-        if isinstance(f, functools.partial):
-            f = f.func
-        elif isinstance(f, types.MethodType):
-            f = f.__func__
-        elif hasattr(f, "__wrapped__"):
-            f = f.__wrapped__
-        elif isinstance(f, types.FunctionType):
-            break
-        else:
-            owner = getattr(type(f), "forward", None) or type(f).__call__
-            if not isinstance(owner, types.FunctionType):
-                break
-            f = owner
-    return f
-
-
-def _where(f: Any) -> str:
-    """`name (file.py:12)`."""
-    inner = _unwrapped(f)
-    code = getattr(inner, "__code__", None)
-    if code is None:
-        return getattr(inner, "__name__", None) or type(f).__name__
-    return f"{code.co_qualname.split('<locals>.')[-1]} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
-
-
-def _line(e: BaseException, f: Any) -> str:
-    """`name (file.py:14): source line`, the innermost line of the user's file that `e` passed through."""
-    code = getattr(_unwrapped(f), "__code__", None)
-    found, step = None, e.__traceback__
-    while step is not None:
-        if code is not None and step.tb_frame.f_code.co_filename == code.co_filename:
-            found = step
-        step = step.tb_next
-    if found is None:
-        return _where(f)
-    file, number = found.tb_frame.f_code.co_filename, found.tb_lineno
-    source = linecache.getline(file, number).strip()
-    name = found.tb_frame.f_code.co_name
-    return f"{name} ({os.path.basename(file)}:{number})" + (f": {source}" if source else "")
-
-
-def _depth() -> int:
-    """`stacklevel`, for the caller, of the frame that called this package."""
-    root, frame, depth, found = os.path.dirname(__file__), sys._getframe(1), 1, 1
-    while frame.f_back is not None:
-        found = depth + 1 if frame.f_code.co_filename.startswith(root) else found
-        frame, depth = frame.f_back, depth + 1
-    return found

@@ -16,6 +16,7 @@ import pytest
 import sensitivity as sa
 from sensitivity import probe
 from sensitivity.registry import registry
+from sensitivity.userfunction import unwrapped
 
 MISTAKES, VALID = [], []
 
@@ -54,7 +55,7 @@ def check(fw, f, u0=None, p=None, wrt=None, mode="raise"):
 @contextmanager
 def counted(f):
     """How often the Python code of `f` starts to run."""
-    code = probe._unwrapped(f).__code__
+    code = unwrapped(f).__code__
     calls = []
     sys.setprofile(lambda frame, event, arg: calls.append(1) if event == "call" and frame.f_code is code else None)
     try:
@@ -474,7 +475,7 @@ def test_mistake_is_named(fw, make, error, words, on, grad):
     assert "why: " in str(e)
     assert "detach" not in e.args[2]
     assert "test_probe.py:" in e.args[0]
-    assert probe._unwrapped(f).__name__ in e.args[0] or error is sa.SignatureError
+    assert unwrapped(f).__name__ in e.args[0] or error is sa.SignatureError
     assert len(calls) <= (3 if make is parameter_through_item else 2)
     with pytest.warns(sa.ProbeWarning) as seen:
         check(fw, make(fw), p=p, mode="warn")
@@ -771,7 +772,7 @@ def test_valid_fields_pass_silently_and_are_not_asked_again(fw, make, grad):
     if make is own_buffer and grad:
         pytest.skip("that one does hide from AD")
     f, u0, p = make(fw), fw.array([1.0, 2.0], grad=grad), fw.array([0.5, 0.5], grad=grad)
-    code = getattr(probe._unwrapped(f), "__code__", None)
+    code = getattr(unwrapped(f), "__code__", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if code is None:
