@@ -174,56 +174,48 @@ def step_jvp(be: Any, tab: Tableau, push: Any, record: Record, dt: Array | None,
     return Tangent(du1, dK[-1, :, :] if tab.fsal else None), dK
 
 
-@dataclass(frozen=True)
 class Euler(RungeKutta):
     """Explicit Euler, order 1; fixed step."""
 
     base = tableaus.EULER
 
 
-@dataclass(frozen=True)
 class Heun(RungeKutta):
     """Explicit trapezoidal rule, order 2(1) (Hairer, Norsett, Wanner I, table II.1.1)."""
 
     base = tableaus.HEUN
 
 
-@dataclass(frozen=True)
 class Midpoint(RungeKutta):
     """Explicit midpoint rule, order 2(1) (Hairer, Norsett, Wanner I, table II.1.1)."""
 
     base = tableaus.MIDPOINT
 
 
-@dataclass(frozen=True)
 class RK4(RungeKutta):
     """The classical method of Kutta (1901), order 4; fixed step."""
 
     base = tableaus.RK4
 
 
-@dataclass(frozen=True)
 class BS3(RungeKutta):
     """Bogacki and Shampine (1989), order 3(2), cubic dense output."""
 
     base = tableaus.BS3
 
 
-@dataclass(frozen=True)
 class Dopri5(RungeKutta):
     """Dormand and Prince (1980), order 5(4), quartic dense output."""
 
     base = tableaus.DOPRI5
 
 
-@dataclass(frozen=True)
 class Tsit5(RungeKutta):
     """Tsitouras (2011), order 5(4), quartic dense output; the default for nonstiff problems."""
 
     base = tableaus.TSIT5
 
 
-@dataclass(frozen=True)
 class Dopri8(RungeKutta):
     """Prince and Dormand (1981), RK8(7)13M, dense output of order 5; for tight tolerances."""
 

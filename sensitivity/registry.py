@@ -5,12 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib import metadata
 from typing import Any, NamedTuple
 
-import pluggy
-
-from . import hooks
 from .errors import BackendMissingError, InputError, MixedFrameworksError, SensitivityWarning
 
 GROUP = "sensitivity"
@@ -37,6 +33,13 @@ class Registry:
     """Backends and algorithms by name, from the `sensitivity` entry points."""
 
     def __init__(self, entry_points: bool = True) -> None:
+        # Only when the first array arrives: these take longer to import than all of this package.
+        from importlib import metadata
+
+        import pluggy
+
+        from . import hooks
+
         self.manager = pluggy.PluginManager("sensitivity")
         self.manager.add_hookspecs(hooks)
         self.failures: dict[str, str] = {}

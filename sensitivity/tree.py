@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any
-
-import optree
 
 NAMESPACE = "sensitivity"
 _registered: set[type] = set()
+
+
+@cache
+def _optree() -> Any:
+    """Imported when the first tree arrives."""
+    import optree
+
+    return optree
 
 
 def _register(cls: type) -> None:
@@ -20,7 +27,7 @@ def _register(cls: type) -> None:
             object.__setattr__(new, name, value)
         return new
 
-    optree.register_pytree_node(
+    _optree().register_pytree_node(
         cls, lambda x: (tuple(getattr(x, n) for n in names), None, names), rebuild, namespace=NAMESPACE
     )
     _registered.add(cls)
@@ -28,7 +35,7 @@ def _register(cls: type) -> None:
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves of `tree`, and a structure for `unflatten`; `None` is an empty subtree."""
-    leaves, structure = optree.tree_flatten(tree, namespace=NAMESPACE)
+    leaves, structure = _optree().tree_flatten(tree, namespace=NAMESPACE)
     fresh = {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)} - _registered
     if not fresh:
         return leaves, structure
@@ -39,11 +46,11 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def unflatten(structure: Any, leaves: Any) -> Any:
     """The tree of `structure` with these leaves."""
-    return optree.tree_unflatten(structure, leaves)
+    return _optree().tree_unflatten(structure, leaves)
 
 
 def names(tree: Any) -> list[str]:
     """A printable path for each leaf, for messages."""
     flatten(tree)
     return [p if (p := "".join(f"[{k!r}]" for k in path)) else "" for path in
-            optree.tree_paths(tree, namespace=NAMESPACE)]
+            _optree().tree_paths(tree, namespace=NAMESPACE)]

@@ -102,7 +102,6 @@ class _Columns(VJP):
         return pull
 
 
-@dataclass(frozen=True)
 class ForwardVJP(_Columns):
     """Columns of the Jacobians by the framework's forward mode; for few inputs, or where reverse mode fails."""
 
@@ -114,7 +113,6 @@ class ForwardVJP(_Columns):
         return run.be.jvp(_through(run, x), x.theta, d_theta)
 
 
-@dataclass(frozen=True)
 class FiniteDifferenceVJP(VJP):
     """Central differences with step `eps^(1/3)` times the size of what is moved: about nine digits in float64.
 
@@ -179,7 +177,6 @@ class FiniteDifferenceVJP(VJP):
         return push
 
 
-@dataclass(frozen=True)
 class ComplexStepVJP(_Columns):
     """`Im f(x + i e d) / e` with `e = 1e-30`: exact to round-off for an analytic `f` written without branches, `abs`
     or conjugation (Squire, Trapp 1998)."""
@@ -206,7 +203,6 @@ class ComplexStepVJP(_Columns):
         return push
 
 
-@dataclass(frozen=True)
 class UserVJP(VJP):
     """Products given with the problem: `vjp` (or `jac` and `paramjac`) and `jvp`."""
 

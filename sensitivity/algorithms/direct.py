@@ -7,7 +7,6 @@ of x without its derivative: zero in value, right in derivative, and the same co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from ..integrate import Run
@@ -15,7 +14,6 @@ from ..system import Inputs
 from . import base
 
 
-@dataclass(frozen=True)
 class DirectAdjoint(base.SensitivityAlgorithm):
     """The framework's AD through the loop, forward and reverse; memory grows with every operation of every step."""
 

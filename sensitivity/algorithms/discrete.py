@@ -14,7 +14,6 @@ References: Hager 2000; Sanz-Serna 2016 (SIAM Review 58); Zhuang et al. 2020 for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Record
@@ -25,7 +24,6 @@ from ..system import Inputs
 from . import base
 
 
-@dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     """Exact discrete adjoint; stores all accepted steps.
 

@@ -8,7 +8,6 @@ solve with `m` extra right-hand sides, which pays for few parameters. Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
@@ -31,7 +30,6 @@ class Columns(NamedTuple):
     status: Any
 
 
-@dataclass(frozen=True)
 class ForwardSensitivity(base.SensitivityAlgorithm):
     """Continuous forward sensitivities; error control covers the state and its derivatives.
 
