@@ -125,6 +125,10 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
     k = tab.order
     delta = None if s.shift is None else s.shift[1] - s.shift[0]
 
+    def tell(t: Scalar) -> None:
+        if run.progress is not None:
+            be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
+
     def advance(state: State) -> tuple[State, Record, Any]:
         target = s.t1
         for stop in reversed(run.tstops):
@@ -138,6 +142,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
         record = Record(t_f, h_f, state.u, K)
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
+            tell(t)
             return (State(t, state.h, u1, K[-1, :] if tab.fsal else None, state.memory, state.ratio,
                           state.accepted + 1, state.rejected, state.status), record, True)
         ratio = norm(be.scaled(be.combine(None, h, tab.error, K), state.u, u1, rtol, atol))
@@ -148,8 +153,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
         stuck = (abs(h_next) < tiny) & (t != s.t1)
         status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
                            state.status)
-        if run.progress is not None:
-            be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
+        tell(t)
         u, k_next = be.choose(keep, (u1, K[-1, :] if tab.fsal else None), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
                     state.rejected + be.choose(keep, 0, 1), status)

@@ -262,9 +262,10 @@ def test_not_finite_later(lab):
 # -- control ------------------------------------------------------------------------------------------------------
 
 
-def test_progress(lab):
+@pytest.mark.parametrize("options", [{}, {"controller": sa.FixedStep(), "dt": 0.1}], ids=["adaptive", "fixed"])
+def test_progress(lab, options):
     seen = []
-    sa.solve(problem(lab), sa.Tsit5(), progress=lambda fraction, t: seen.append((float(fraction), float(t))))
+    sa.solve(problem(lab), sa.Tsit5(), **options, progress=lambda fraction, t: seen.append((float(fraction), float(t))))
     if lab.name == "jax":
         import jax
 
