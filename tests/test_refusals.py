@@ -23,7 +23,7 @@ def gradient(**options):
         ({"sensealg": sa.ForwardSensitivity(), "dense": True}, "RecursiveCheckpointAdjoint"),
         ({"sensealg": sa.ForwardSensitivity(), "saveat": "steps"}, "RecursiveCheckpointAdjoint"),
         ({"sensealg": sa.InterpolatingAdjoint(), "saveat": "steps", "wrt": "t0"}, "RecursiveCheckpointAdjoint"),
-        ({"sensealg": sa.RecursiveCheckpointAdjoint(sa.UserVJP())}, "FiniteDifferenceVJP"),
+        ({"sensealg": sa.RecursiveCheckpointAdjoint(vjp=sa.UserVJP())}, "FiniteDifferenceVJP"),
         ({"alg": sa.RK4(), "controller": sa.PIController()}, "Tsit5"),
         ({"events": [lambda t, u, p: u[0]]}, "remake"),
     ],
@@ -45,3 +45,26 @@ def test_mass_matrix_is_refused_by_explicit_methods():
 def test_what_was_not_asked_for_is_none(sensealg, name):
     r = gradient(sensealg=sensealg, wrt=name, saveat=np.array([0.5, 1.0]))
     assert [n for n in ("u0", "p", "t0", "t1", "saveat") if getattr(r, n) is not None] == [name]
+
+
+def test_signatures_of_the_algorithms():
+    jvp = sa.FiniteDifferenceVJP()
+    assert sa.ForwardSensitivity(jvp=jvp).vjp == jvp
+    assert sa.ForwardSensitivity(jvp).jvp == jvp
+    assert sa.InterpolatingAdjoint(jvp, checkpointing="auto", checkpoints=None).vjp == jvp
+    assert sa.RecursiveCheckpointAdjoint(None, None) == sa.RecursiveCheckpointAdjoint(checkpoints=None, memory=None)
+    assert gradient(sensealg=sa.ForwardSensitivity(jvp=jvp)).sensealg.jvp == jvp
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sa.RecursiveCheckpointAdjoint(checkpoints=10),
+        lambda: sa.RecursiveCheckpointAdjoint(memory="2GB"),
+        lambda: sa.InterpolatingAdjoint(checkpointing=True),
+        lambda: sa.InterpolatingAdjoint(checkpoints=[1.0, 2.0]),
+    ],
+)
+def test_schedules_that_do_not_exist_are_refused(make):
+    with pytest.raises(sa.SensitivityError, match="not available"):
+        make()

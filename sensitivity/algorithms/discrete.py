@@ -14,9 +14,11 @@ References: Hager 2000; Sanz-Serna 2016 (SIAM Review 58); Zhuang et al. 2020 for
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..backend import Array, Record
+from ..errors import UnsupportedCombination
 from ..integrate import Run, span
 from ..interpolate import interpolant, slope, transpose
 from ..methods import Adjoint, Tangent, step_jvp, step_vjp
@@ -24,8 +26,17 @@ from ..system import Inputs
 from . import base
 
 
+@dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     """Exact discrete adjoint; stores all accepted steps.
+
+    Parameters
+    ----------
+    checkpoints : None
+        How many states to keep; None keeps every accepted step, the one schedule there is so far.
+    memory : None
+        A budget such as "2GB"; None sets none.
+    vjp : VJP, optional
 
     Gives derivatives with respect to `u0`, `p`, `t0`, `t1` and `saveat`, in reverse and forward mode. Memory: the
     stages of every accepted step, `(s + 1) n` numbers each.
@@ -33,8 +44,19 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
 
+    vjp: Any = field(default=None, kw_only=True)
+    checkpoints: None = None
+    memory: None = None
+
     exact: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016")
+
+    def __post_init__(self) -> None:
+        for name, given in (("checkpoints", self.checkpoints), ("memory", self.memory)):
+            if given is not None:
+                raise UnsupportedCombination(f"{name}={given!r} is not available for {self.name}",
+                                             "every accepted step is kept; no schedule recomputes any so far",
+                                             f"{name}=None, and saveat= or shorter spans where memory is short")
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, base.Solved]:
         del wanted

@@ -8,6 +8,7 @@ solve with `m` extra right-hand sides, which pays for few parameters. Reference:
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
@@ -30,6 +31,7 @@ class Columns(NamedTuple):
     status: Any
 
 
+@dataclass(frozen=True)
 class ForwardSensitivity(base.SensitivityAlgorithm):
     """Continuous forward sensitivities; error control covers the state and its derivatives.
 
@@ -39,7 +41,15 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         How products with derivatives of `f` are made.
     """
 
+    vjp: Any = field(default=None, kw_only=True, repr=False)
+    jvp: Any = None
+
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
+
+    def __post_init__(self) -> None:
+        chosen = self.jvp if self.vjp is None else self.vjp
+        object.__setattr__(self, "jvp", chosen)
+        object.__setattr__(self, "vjp", chosen)
 
     def refuse(self, run: Run) -> None:
         if run.dense or run.saves == "steps":

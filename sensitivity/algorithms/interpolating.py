@@ -33,21 +33,25 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
     ----------
     vjp : VJP, optional
     checkpointing : "auto" or False
+    checkpoints : None
         The forward solution is kept dense.
     rtol, atol : float, optional
         Tolerances of the backward solve; those of the forward solve if not given.
     """
 
     checkpointing: Any = "auto"
+    checkpoints: None = None
     rtol: float | None = None
     atol: float | None = None
 
     references: ClassVar[tuple[str, ...]] = ("cao2003", "rackauckas2020")
 
     def __post_init__(self) -> None:
-        if self.checkpointing not in ("auto", False):
-            raise InputError(f"checkpointing={self.checkpointing!r} is not available for InterpolatingAdjoint",
-                             "the forward solution is kept dense", "checkpointing='auto'")
+        for name, given, allowed in (("checkpointing", self.checkpointing, ("auto", False)),
+                                     ("checkpoints", self.checkpoints, (None,))):
+            if not any(given is v or given == v for v in allowed if isinstance(given, type(v))):
+                raise InputError(f"{name}={given!r} is not available for InterpolatingAdjoint",
+                                 "the forward solution is kept dense", f"{name}={allowed[0]!r}")
 
     def refuse(self, run: Run) -> None:
         if run.dense:
