@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .algorithms.base import Aux, Cotangents, Outputs
+from .algorithms.base import Aux, Cotangents, Outputs, fractions
 from .choose import auto, choose
 from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
 from .integrate import RetCode, Run
 from .probe import through_ad
 from .solution import Gradient
-from .solve import build, checked, count, prepare_options, report, warn_numerical
+from .solve import build, checked, count, finished, prepare_options, warn_numerical
 from .system import Inputs
+from .vjp import sizes
 
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 
@@ -33,7 +34,8 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     wrt : str or tuple of str, optional
         Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional
-        `dloss(solution)` is the derivative of the loss with respect to `sol.u`, in its structure. Without it the
+        `dloss(solution)` is the derivative of the loss with respect to `sol.u`, in its structure, for a loss that
+        uses nothing else of the solution. Without it the
         framework's AD differentiates the loss; where there is none, central differences do (with a warning).
     options
         The keywords of `solve`.
@@ -79,8 +81,8 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     """Forward, loss, reverse: one after the other."""
     be = run.be
     out, aux, residuals = be.run(algorithm, "forward", run, (x,), wanted)
-    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
-    value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol)
+    sol, out = finished(prob, run, x, algorithm, out, aux, on_failure)
+    value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol, wanted)
     bar: Cotangents = be.run(algorithm, "reverse", run, (residuals, ct), wanted)
     status = be.concrete(bar.status)
     if status is not None and status != RetCode.Success and on_failure == "raise" and sol.success:
@@ -88,8 +90,16 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
                          "the adjoint equation needs more steps than allowed",
                          "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(status)), None, sol)
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
-    parts = {"u0": bar.u0, "theta": bar.theta, "t0": bar.t0, "t1": bar.t1, "saveat": bar.saveat}
-    total = {name: _sum(be, parts[name], direct.get(name)) for name in wanted}
+    parts: dict[str, Any] = {"u0": (bar.u0,), "theta": bar.theta}
+    parts |= {n: (be.time_vector(getattr(bar, n), x.u0),) for n in wanted - parts.keys()}
+    total: dict[str, Any] = {}
+    for name in wanted:
+        rows = parts[name]
+        if status != RetCode.Success and on_failure != "return":
+            rows = tuple(be.nan_where(bar.status != int(RetCode.Success), v) for v in rows)
+        if name in direct:
+            rows = tuple(a + b for a, b in zip(rows, direct[name], strict=True))
+        total[name] = rows if name == "theta" else rows[0]
     return _result(run, x, value, total, sol, algorithm)
 
 
@@ -99,12 +109,11 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
     be = run.be
     order: list[str] = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
     boxed = replace(run, be=be.differentiable())
-    k = run.field.p.count
 
     def total(*arrays: Any) -> Any:
         moved = _replaced(x, order, arrays)
-        inner = prob.remake(p=run.field.p.join(be, moved.theta[:k], x.constants)) if k else prob
-        return loss(build(inner, boxed, moved, algorithm, *algorithm.plain(run, moved)))
+        out, aux = algorithm.plain(run, moved)
+        return loss(finished(*_moved(prob, boxed, moved, aux, order, algorithm, out), on_failure=on_failure)[0])
 
     if dloss is not None:
         raise InputError("dloss= cannot be used with DirectAdjoint", "the framework differentiates the loss itself",
@@ -117,7 +126,7 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
                                      "sensealg=RecursiveCheckpointAdjoint() with dloss=")
     value, grads = answer
     out, aux = algorithm.plain(run, x)
-    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
     bars: dict[str, Any] = {}
     rest = list(grads)
     for name in order:
@@ -144,12 +153,24 @@ def _replaced(x: Inputs, order: list[str], arrays: Any) -> Inputs:
     return x
 
 
-def _sum(be: Any, a: Any, b: Any) -> Any:
-    if b is None:
-        return a
-    if isinstance(a, tuple):
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-    return a + b
+def _moved(prob: Any, run: Run, x: Inputs, aux: Aux, order: list[str], algorithm: Any,
+           out: Outputs) -> tuple[Any, Run, Inputs, Any, Outputs, Aux]:
+    """The arguments of `build` at moved inputs: a loss may use `sol.prob` and `sol.t` as well as `sol.u`."""
+    be, field = run.be, run.field
+    changes: dict[str, Any] = {}
+    if "u0" in order:
+        changes["u0"] = be.unflatten(field.u.structure, field.u.unravel(be, x.u0))
+    if "theta" in order and field.p.count:
+        changes["p"] = field.p.join(be, x.theta[:field.p.count], x.constants)
+    if "t0" in order or "t1" in order:
+        changes["tspan"] = (x.t0, x.t1)
+    if run.saves == "ts" and "saveat" in order:
+        aux = aux._replace(ts=x.saveat)
+    elif isinstance(run.saves, int) and "tspan" in changes:
+        aux = aux._replace(ts=be.spread(x.t0, x.t1, fractions(run.saves)))
+    elif run.saves is None and "t1" in order:
+        aux = aux._replace(ts=[x.t1])
+    return prob.remake(**changes), run, x, algorithm, out, aux
 
 
 def _result(run: Run, x: Inputs, value: Any, bars: dict[str, Any], sol: Any, algorithm: Any) -> Gradient:
@@ -164,8 +185,8 @@ def _result(run: Run, x: Inputs, value: Any, bars: dict[str, Any], sol: Any, alg
 
 
 def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux, loss: Any, dloss: Any,
-                   sol: Any) -> tuple[Any, Outputs, dict[str, Any]]:
-    """Value of the loss, cotangents of the outputs, and what the loss takes from `p` directly."""
+                   sol: Any, wanted: frozenset[str]) -> tuple[Any, Outputs, dict[str, Any]]:
+    """Value of the loss, cotangents of the outputs, and what the loss takes from the inputs `wanted` directly."""
     be, layout = run.be, run.field.u
     if dloss is not None:
         leaves = [be.asarray(v, dtype=out.u.dtype) for v in be.flatten(dloss(sol))[0]]
@@ -175,27 +196,27 @@ def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs,
                              "it weighs each output", "return the derivative of the loss with respect to sol.u")
         return loss(sol), Outputs(layout.ravel(be, leaves, batch=1), *_zeros(be, out)), {}
 
-    k = run.field.p.count
-    optional = tuple(v for v in out if v is not None)
+    kept = tuple(v for v in out if v is not None)
+    order: list[str] = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
+    boxed = replace(run, be=be.differentiable())
+
+    def outputs(arrays: Any) -> Outputs:
+        given = iter(arrays)
+        return Outputs(*(None if v is None else next(given) for v in out))
 
     def of(*arrays: Any) -> Any:
-        parts = list(arrays[:len(optional)])
-        moved = Outputs(*(None if v is None else parts.pop(0) for v in out))
-        theta = (*arrays[len(optional):], *x.theta[k:])
-        inner = build(prob.remake(p=run.field.p.join(be, theta, x.constants)) if k else prob, run,
-                      x._replace(theta=theta), algorithm, moved, aux)
-        return loss(inner)
+        moved = _replaced(x, order, arrays[len(kept):])
+        return loss(build(*_moved(prob, boxed, moved, aux, order, algorithm, outputs(arrays))))
 
-    arrays = (*optional, *x.theta[:k])
-    answer = be.loss_vjp(of, arrays)
-    if answer is None:
-        value, grads = _differences(be, of, arrays)
-    else:
-        value, grads = answer
+    arrays = (*kept, *_selected(x, order))
+    value, grads = be.loss_vjp(of, arrays) or _differences(be, of, arrays)
     _check_scalar(value)
-    parts = list(grads[:len(optional)])
-    ct = Outputs(*(None if v is None else parts.pop(0) for v in out))
-    return value, ct, {"theta": (*grads[len(optional):], *be.zeros(x.theta[k:]))} if k else {}
+    direct: dict[str, Any] = {}
+    rest = tuple(grads[len(kept):])
+    for name in order:
+        take = len(x.theta) if name == "theta" else 1
+        direct[name], rest = rest[:take], rest[take:]
+    return value, outputs(grads), direct
 
 
 def _check_scalar(value: Any) -> None:
@@ -212,16 +233,15 @@ def _differences(be: Any, loss: Callable, arrays: tuple[Any, ...]) -> tuple[Any,
     """Central differences of a cheap user loss: no solve is repeated."""
     warnings.warn(f"the loss is differentiated by central differences: the {be.name} backend has no AD for it"
                   f"{be.how_to_get_ad}; pass dloss= for an exact derivative", NumericalDerivativeWarning, stacklevel=6)
-    step = be.eps(arrays[0].dtype) ** (1 / 3)
     grads = []
     for i, a in enumerate(arrays):
         flat, entries = be.xp.reshape(a, (-1,)), []
+        moves = be.eps(a.dtype) ** (1 / 3) * sizes(be, flat, 1e-4)
         for j in range(flat.shape[0]):
-            e = step * max(1.0, abs(float(flat[j])))
-            unit = be.unit_rows(1, flat.shape[0], -j, flat)[0, :]
-            plus, minus = (be.xp.reshape(flat + d * unit, a.shape) for d in (e, -e))
-            up, down = (float(loss(*arrays[:i], v, *arrays[i + 1:])) for v in (plus, minus))
-            entries.append((up - down) / (2 * e))
+            unit = moves[j] * be.unit_rows(1, flat.shape[0], -j, flat)[0, :]
+            ends = (be.xp.reshape(v, a.shape) for v in (flat + unit, flat - unit))
+            up, down = (float(loss(*arrays[:i], v, *arrays[i + 1:])) for v in ends)
+            entries.append((up - down) / (2.0 * float(moves[j])))
         grads.append(be.xp.reshape(be.vector(entries, flat), a.shape))
     return loss(*arrays), tuple(grads)
 

@@ -65,7 +65,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches)
     out, aux = run.be.attach(algorithm, run, x)
-    sol = report(build(prob, run, x, algorithm, out, aux), run, aux, on_failure)
+    sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
     if sol.dense is None:
         later = sensealg if algorithm.exact else auto
         sol.dense = LaterOutput(solve, prob, alg, {**options, "sensealg": later, "on_failure": on_failure})
@@ -120,17 +120,15 @@ def count(be: Any, number: Any) -> Any:
     return number if value is None else int(value)
 
 
-def report(sol: Solution, run: Run, aux: Aux, on_failure: str) -> Solution:
-    """Raise, or mark the outputs, if the solve failed."""
-    be = run.be
-    if on_failure != "return":
-        code = be.concrete(aux.status)
-        if code is not None and code != RetCode.Success and on_failure == "raise":
-            raise failure(sol, run, aux, RetCode(int(code)))
-        if code is None or code != RetCode.Success:
-            leaves, structure = be.flatten(sol.u)
-            sol.u = be.unflatten(structure, [be.nan_where(aux.status != int(RetCode.Success), v) for v in leaves])
-    return sol
+def finished(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux,
+             on_failure: str) -> tuple[Solution, Outputs]:
+    """The solution and its outputs; a failed solve raises, or its outputs become NaN, unless "return" is asked for."""
+    code = run.be.concrete(aux.status)
+    if code is not None and code != RetCode.Success and on_failure == "raise":
+        raise failure(build(prob, run, x, algorithm, out, aux), run, aux, RetCode(int(code)))
+    if code != RetCode.Success and on_failure != "return":
+        out = out._replace(u=run.be.nan_where(aux.status != int(RetCode.Success), out.u))
+    return build(prob, run, x, algorithm, out, aux), out
 
 
 def warn_numerical(algorithm: Any) -> None:

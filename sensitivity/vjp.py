@@ -130,7 +130,7 @@ class FiniteDifferenceVJP(VJP):
             v = x.theta[i]
             flat = xp.reshape(v, (-1,))
             unit = be.unit_rows(1, flat.shape[0], -j, flat)[0, :]
-            e = step * _sizes(be, flat, 0.0)[j]
+            e = step * sizes(be, flat, 0.0)[j]
             up, down = (bound((*x.theta[:i], xp.reshape(flat + d * unit, v.shape), *x.theta[i + 1:])) for d in (e, -e))
             return up, down, 2.0 * e
 
@@ -138,7 +138,7 @@ class FiniteDifferenceVJP(VJP):
         few = [moved(i, j) for i, j in entries] if len(entries) <= 64 else None
 
         def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
-            e = step * _sizes(be, u, 1e-3)
+            e = step * sizes(be, u, 1e-3)
             g = [xp.sum(ct * (rhs(t, u + e * unit) - rhs(t, u - e * unit))) / (2.0 * e[j])
                  for j in range(n) for unit in (units[j, :],)]
             pairs = few or (moved(i, j) for i, j in entries)
@@ -159,12 +159,12 @@ class FiniteDifferenceVJP(VJP):
         step = be.eps(x.u0.dtype) ** (1 / 3)
 
         def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
-            sizes = (_sizes(be, u, 1e-3), *(_sizes(be, v, 0.0) for v in x.theta))
+            moves = (sizes(be, u, 1e-3), *(sizes(be, v, 0.0) for v in x.theta))
             rows = []
             for i in range(du.shape[0]):
                 d = (du[i, :], *(v[i, ...] for v in d_theta))
                 longest = 0.0 if dt is None else abs(be.scalar(dt[i])) / be.greatest(1.0, abs(be.scalar(t)))
-                for v, size in zip(d, sizes, strict=True):
+                for v, size in zip(d, moves, strict=True):
                     longest = be.greatest(longest, be.scalar(xp.max(xp.abs(v) / size)))
                 e = step / be.choose(longest > 0.0, longest, 1.0)
                 ends = []
@@ -277,7 +277,7 @@ def _rows(be: Any, pull: Pull, t: Any, u: Array, du: Array, d_theta: tuple[Array
     return be.xp.stack(columns, axis=1)
 
 
-def _sizes(be: Any, x: Array, floor: float) -> Array:
+def sizes(be: Any, x: Array, floor: float) -> Array:
     """The size of every entry, at least `floor` times the largest; 1 where that is zero."""
     xp = be.xp
     size = xp.abs(x)

@@ -100,7 +100,9 @@ class BoxBackend(Backend):
         return float(np.sqrt(np.vdot(x, x).real / x.shape[0])) if x.shape[0] else 0.0
 
     def time_vector(self, ts, like):
-        return ts if isinstance(ts, Box) else np.asarray([value(t) for t in ts])
+        if isinstance(ts, list) and any(isinstance(t, Box) for t in ts):
+            return anp.stack([anp.reshape(t, ()) for t in ts])
+        return ts if isinstance(ts, Box) else np.asarray(ts, dtype=float)
 
     def detached(self, x):
         return x._replace(t0=value(x.t0), t1=value(x.t1))
