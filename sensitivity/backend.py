@@ -34,6 +34,7 @@ class Backend(Loops):
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
+    namespace, array_call, copy_call : how users write the namespace, a new array and a copying method, for hints.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backend(Loops):
     attaches = False
     complex = True
     how_to_get_ad = ""
+    namespace, array_call, copy_call = "xp", "xp.asarray", "copy"
     xp: Any = None
 
     # -- arrays -----------------------------------------------------------------------------------------------
@@ -192,6 +194,10 @@ class Backend(Loops):
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""
         del loss, args
         return None
+
+    def recording(self) -> bool:
+        """Whether the framework records operations for AD as they run, and does so now."""
+        return "reverse" in self.modes and not (self.traced or self.opaque)
 
     # -- the first-call check ----------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 import types
 import warnings
 import weakref
@@ -28,14 +27,13 @@ from typing import Any
 from .choose import auto
 from .errors import (
     BrokenGradientError,
-    CapturedValueError,
     ImpureFunctionError,
-    OutputError,
     ProbeWarning,
     SensitivityError,
     SignatureError,
     TracingError,
 )
+from .fieldoutput import adapter, check_output, copied, copies_of, leaves_of, swapped
 from .system import Layout
 from .userfunction import accepts, calling_depth, location, location_of_error, parameter_names, signed, unwrapped
 from .vjp import ComplexStepVJP, FiniteDifferenceVJP, UserVJP
@@ -56,7 +54,7 @@ def check(be: Any, prob: Any, t0: Any, u: Any, p: Any, mode: str, wrt: tuple[str
     anchor, same = _identity(be, f)
     u_leaves, u_structure = be.flatten(u)
     p_leaves, p_structure = be.flatten(p)
-    recorded = wrt != () and _records(be)
+    recorded = wrt != () and be.recording()
     asked = _asked(be, f, u_leaves, p_leaves, wrt) if recorded else ()
     key: Any = (id(anchor), same, be.name, mode, recorded, asked,
                 u_structure, p_structure, _kinds(u_leaves), _kinds(p_leaves))
@@ -127,13 +125,6 @@ def _kinds(leaves: list[Any]) -> tuple[Any, ...]:
 # -- the evaluations --------------------------------------------------------------------------------------------------
 
 
-def _records(be: Any) -> bool:
-    """Whether the framework records operations for AD as they run, and does so now."""
-    if be.traced or be.opaque or "reverse" not in be.modes:
-        return False
-    return getattr(be.xp, "is_grad_enabled", lambda: True)()
-
-
 def _asked(be: Any, f: Any, u: list[Any], p: list[Any], wrt: tuple[str, ...] | None) -> tuple[str, ...]:
     """Through which arguments of `f` AD will run: "u" whenever anything is differentiated, "p" if it is itself."""
     def on(xs: Any) -> bool:
@@ -170,7 +161,7 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
             if asked or (isinstance(e, SensitivityError) and not isinstance(e, BrokenGradientError)):
                 raise  # else it may be the recording that f does not bear
     if not call.outputs:
-        be.evaluate(call, t, _copied(be, u), p)
+        be.evaluate(call, t, copied(be, u), p)
     if linked is False:
         # Recorded although neither u nor p is: f closes over something whose gradient can be asked for.
         if _evaluated(call, t, _moved(be, u), p) and call.differs() and (asked or call.recorded):
@@ -178,7 +169,7 @@ def _evaluate(be: Any, f: Any, t: Any, u: Any, p: Any, recorded: bool, asked: tu
         return
     linked = _linked(be, call, t, u, p, over_p=True) if linked and "p" in asked else None
     if call.count < 2:
-        be.evaluate(call, t, _copied(be, u), p)
+        be.evaluate(call, t, copied(be, u), p)
     if call.differs():
         raise ImpureFunctionError(
             f"f gave two answers for one input, at {location(f)}",
@@ -207,7 +198,7 @@ def _linked(be: Any, call: _Call, t: Any, u: Any, p: Any, over_p: bool) -> bool 
         return Layout(None, ()).ravel(be, out)
 
     try:
-        return be.connected(flat, t, layout.ravel(be, vectors), _copied(be, u) if over_p else p)
+        return be.connected(flat, t, layout.ravel(be, vectors), copied(be, u) if over_p else p)
     except Exception:
         if call.failed:
             raise
@@ -220,21 +211,6 @@ def _evaluated(call: _Call, t: Any, u: Any, p: Any) -> bool:
     except Exception:  # the moved point may lie outside the domain of f
         return False
     return True
-
-
-def _leaves(be: Any, tree: Any) -> list[Any]:
-    return [tree] if be.is_array(tree) else be.flatten(tree)[0]
-
-
-def _copied(be: Any, tree: Any) -> Any:
-    if be.is_array(tree):
-        return be.copy(tree)
-    leaves, structure = be.flatten(tree)
-    return be.unflatten(structure, _copies(be, leaves))
-
-
-def _copies(be: Any, leaves: list[Any]) -> list[Any]:
-    return leaves if be.traced else [be.copy(x) if be.is_array(x) else x for x in leaves]
 
 
 def _moved(be: Any, tree: Any) -> Any:
@@ -265,8 +241,8 @@ class _Call:
         self.count += 1
         self.failed = True
         first = not self.outputs
-        like, p_leaves = _leaves(be, u), _leaves(be, p) if first else []
-        u_copies, p_copies = (_copies(be, like), _copies(be, p_leaves)) if first else ([], [])
+        like, p_leaves = leaves_of(be, u), leaves_of(be, p) if first else []
+        u_copies, p_copies = (copies_of(be, like), copies_of(be, p_leaves)) if first else ([], [])
         try:
             out = f(t, u, p)
         except Exception as e:
@@ -279,9 +255,9 @@ class _Call:
         if first:
             _check_unchanged(be, f, "u", u, like, u_copies)
             _check_unchanged(be, f, "p", p, p_leaves, p_copies)
-        leaves = _check_output(be, f, (t, u, p), like, out, first)
+        leaves = check_output(be, f, (t, u, p), like, out, first)
         self.recorded = any([getattr(x, "requires_grad", False) for x in leaves])
-        self.outputs.append(_copies(be, leaves))
+        self.outputs.append(copies_of(be, leaves))
         self.failed = False
         return out
 
@@ -292,7 +268,7 @@ class _Call:
 
 
 def _check_unchanged(be: Any, f: Any, name: str, tree: Any, leaves: list[Any], copies: list[Any]) -> None:
-    now = _leaves(be, tree)
+    now = leaves_of(be, tree)
     if len(now) != len(leaves) or any(
         a is not b or (a is not c and be.is_array(a) and _equal(be, a, c) is False)
         for a, b, c in zip(now, leaves, copies, strict=True)
@@ -325,23 +301,13 @@ def _check_order(f: Any) -> None:
     """Names of the parameters that put time elsewhere than first."""
     names = parameter_names(f)
     if names is not None and len(names) >= 3 and names[0] not in TIME and {"t", "time"} & set(names[1:3]):
-        raise _swapped(f, f"f takes ({', '.join(names[:3])}), at {location(f)}", "by these names time is not first")
-
-
-def _swapped(f: Any, what: str, why: str) -> OutputError:
-    adapter = "from_sciml" if (parameter_names(f) or [])[2:3] in (["t"], ["time"]) else "from_odeint"
-    return OutputError(what, f"{why}, but f is called as f(t, u, p)",
-                       "reorder them: def f(t, u, p): ..." + _adapter(adapter))
-
-
-def _adapter(name: str) -> str:
-    """Mention of a function of this library that wraps a vector field of another one."""
-    return f"; or wrap f: sa.{name}(f)" if hasattr(sys.modules[__package__], name) else ""
+        raise swapped(f, f"f takes ({', '.join(names[:3])}), at {location(f)}", "by these names time is not first")
 
 
 def _in_place(be: Any, name: str, place: str) -> ImpureFunctionError:
-    copy = "clone" if be.name == "torch" else "copy"
-    fix = "u.at[i].set(x) instead of u[i] = x" if be.traced else f"u * a instead of u *= a; u.{copy}() before u[i] = x"
+    fix = f"u * a instead of u *= a; u.{be.copy_call}() before u[i] = x"
+    if be.traced:
+        fix = "u.at[i].set(x) instead of u[i] = x"
     why = "the solver goes on with it after the call, and the answer would be wrong"
     return ImpureFunctionError(f"f changes {name} in place, at {place}", why, f"make a new array: {fix}")
 
@@ -352,118 +318,6 @@ def _hidden(be: Any, f: Any, name: str) -> BrokenGradientError:
         f"f leaves the AD (.detach(), .item(), .data, no_grad, NumPy), so gradients would silently lack df/d{name}",
         f"compute with {be.name} operations from {name} to the result; {BLACK_BOX}; "
         "if f only jumps there, probe='off'")
-
-
-def _check_output(be: Any, f: Any, args: tuple[Any, Any, Any], like: list[Any], out: Any,
-                  first: bool) -> list[Any]:
-    """The leaves of an output that has structure, shapes and kind of the state."""
-    if out is None:
-        raise OutputError(f"f returned None, at {location(f)}", "a vector field returns du/dt",
-                          "end f with return dudt" + _adapter("from_sciml"))
-    leaves = _leaves(be, out)
-    if not _alike(be, args[1], out):
-        raise _wrong_structure(be, f, args[1], out, leaves)
-    for x, v in zip(leaves, like, strict=True):
-        if not be.is_array(x):
-            _check_foreign(be, f, x, v, bare=out is x)
-        shape, wanted = getattr(x, "shape", ()), v.shape
-        if shape != wanted:
-            shape, wanted = tuple(shape), tuple(wanted)
-            what = f"f returned shape {shape}, u has shape {wanted}, at {location(f)}"
-            if first and not be.traced and _fits_swapped(be, f, *args):
-                raise _swapped(f, what, "f(u, t, p) would have the right shape: time seems to come second")
-            alike = math.prod(shape) == math.prod(wanted)
-            raise OutputError(what, "du/dt has one entry for each entry of u",
-                              f"return dudt.reshape({wanted})" if alike else f"return an array of shape {wanted}")
-        if be.is_array(x) and x.dtype != v.dtype:
-            _check_dtype(be, f, be.asarray(x) if be.traced else x, v, first)
-    return leaves
-
-
-def _alike(be: Any, a: Any, b: Any) -> bool:
-    return (be.is_array(a) and be.is_array(b)) or be.flatten(a)[1] == be.flatten(b)[1]
-
-
-def _wrong_structure(be: Any, f: Any, u: Any, out: Any, leaves: list[Any]) -> OutputError:
-    what = f"f returned {_described(out)}, u is {_described(u)}, at {location(f)}"
-    xp = {"numpy": "np", "autograd": "np", "jax": "jnp"}.get(be.name, be.name)
-    if hasattr(u, "shape"):
-        fix = "return one array"
-        if isinstance(out, list | tuple):
-            numbers = all(isinstance(x, int | float | complex) for x in leaves)
-            fix += f": {xp}.{'tensor' if xp == 'torch' else 'array'}([...])" if numbers else f": {xp}.stack([...])"
-        return OutputError(what, "the output has the structure of u", fix)
-    fix = f"return a {type(u).__name__} like u"
-    if hasattr(out, "shape") and isinstance(u, list | tuple):
-        fix = f"make u0 one array: u0={xp}.{'tensor' if xp == 'torch' else 'array'}([...]); or {fix}"
-    return OutputError(what, "the output has the structure of u: same containers, same keys", fix)
-
-
-def _described(x: Any) -> str:
-    if hasattr(x, "shape"):
-        return f"one array of shape {tuple(x.shape)}"
-    if isinstance(x, dict):
-        return f"a dict with keys {', '.join(map(repr, x))}"
-    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, list | tuple) else f"a {type(x).__name__}"
-
-
-def _check_foreign(be: Any, f: Any, x: Any, like: Any, bare: bool) -> None:
-    """A leaf that is no array of this backend: a number, an array of another framework, or a box around an array."""
-    from .registry import registry
-
-    wanted = f"u has an array of shape {tuple(like.shape)}"
-    if isinstance(x, int | float | complex):
-        try:
-            be.xp.reshape(x, (-1,))
-        except Exception:
-            bare = False
-        if not bare:
-            fix = "torch.full_like(u, x)" if be.name == "torch" else "np.full_like(u, x)"
-            raise OutputError(f"f returned the number {x!r} where {wanted}, at {location(f)}",
-                              "the output has the structure of u", f"return an array: {fix}")
-        return
-    other = registry().kind_of(x)
-    if other in (None, be.name):
-        if hasattr(x, "shape") and hasattr(x, "dtype"):
-            return
-        raise OutputError(f"f returned a {type(x).__name__} where {wanted}, at {location(f)}",
-                          "the output has the structure of u", f"return shape {tuple(like.shape)}")
-    if other == "autograd":
-        raise CapturedValueError(f"f closes over a value that autograd is differentiating, at {location(f)}",
-                                 "what f closes over cannot be reached under autograd",
-                                 "pass the value through p: ODEProblem(f, u0, tspan, p)")
-    raise OutputError(f"f returned an array of {other} where u is an array of {be.name}, at {location(f)}",
-                      "one solve runs in one framework, so that its AD sees all of f",
-                      f"compute with {be.name} operations from u to the result")
-
-
-def _check_dtype(be: Any, f: Any, x: Any, like: Any, first: bool) -> None:
-    name, wanted = (str(v.dtype).removeprefix("torch.") for v in (x, like))
-    what = f"f returned dtype {name}, u has {wanted}, at {location(f)}"
-    if name == "object":
-        raise OutputError(what, "NumPy makes such arrays of entries that are no plain numbers",
-                          "stack arrays of one shape; with autograd, import autograd.numpy as np")
-    if not be.is_float(x):
-        raise OutputError(what, "the derivative of a floating-point state is a floating-point number",
-                          "write 1.0 instead of 1 in constants, and dtype=u.dtype where f makes arrays")
-    if be.is_complex(x) and not be.is_complex(like):
-        raise OutputError(what, "the imaginary part would be lost", "u0 complex, or return the real part")
-    if be.is_complex(like) and not be.is_complex(x):
-        if not be.traced:
-            raise OutputError(what, "the steps add it to a complex state in place", "return dudt + 0j")
-    elif first and x.dtype != like.dtype:
-        warnings.warn(f"{what}; the solve goes on in {wanted}. Constants in f may have another precision than u0",
-                      ProbeWarning, stacklevel=calling_depth())
-
-
-def _fits_swapped(be: Any, f: Any, t: Any, u: Any, p: Any) -> bool:
-    """Whether `f(u, t, p)` looks like `u`; tried only after `f(t, u, p)` did not."""
-    try:
-        out = f(_copied(be, u), t, p)
-        return _alike(be, u, out) and all(
-            tuple(x.shape) == tuple(v.shape) for x, v in zip(_leaves(be, out), _leaves(be, u), strict=True))
-    except Exception:
-        return False
 
 
 # -- exceptions raised by f -------------------------------------------------------------------------------------------
@@ -507,9 +361,9 @@ def _explained(be: Any, f: Any, e: Exception) -> SensitivityError | None:
 def _wrong_signature(f: Any) -> SignatureError:
     names = parameter_names(f) or []
     name = getattr(unwrapped(f), "__name__", "f")
-    hint = _adapter("from_sciml") if len(names) == 4 else ""
+    hint = adapter("from_sciml") if len(names) == 4 else ""
     if len(names) == 2:
-        hint = _adapter("from_scipy" if names[0] in TIME else "from_odeint")
+        hint = adapter("from_scipy" if names[0] in TIME else "from_odeint")
     try:
         given = str(inspect.signature(signed(f)))
     except (TypeError, ValueError):

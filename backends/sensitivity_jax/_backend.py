@@ -80,6 +80,7 @@ class JaxBackend(JaxLoops, Backend):
     name = "jax"
     modes = frozenset({"reverse", "forward"})
     attaches = True
+    namespace, array_call = "jnp", "jnp.array"
     xp = jnp
 
     def __init__(self):

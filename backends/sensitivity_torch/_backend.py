@@ -18,6 +18,7 @@ class TorchBackend(Backend):
     name = "torch"
     modes = frozenset({"reverse", "forward"})
     attaches = True
+    namespace, array_call, copy_call = "torch", "torch.tensor", "clone"
     xp = xp
 
     def __init__(self, dtype=torch.float64, device=None):
@@ -219,6 +220,9 @@ class TorchBackend(Backend):
 
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)
+
+    def recording(self):
+        return torch.is_grad_enabled()
 
     def evaluate(self, f, t, u, p):
         with torch.no_grad():
