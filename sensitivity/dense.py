@@ -10,7 +10,6 @@ from typing import Any
 from .algorithms.base import Aux, Outputs
 from .errors import TimesError
 from .integrate import Run
-from .interpolate import interpolant
 from .system import Inputs
 
 
@@ -39,7 +38,8 @@ class DenseOutput:
                 raise TimesError(f"sol({value:g}) lies outside tspan=({t0:g}, {t1:g})",
                                  "the solver does not extrapolate", "choose t inside the span")
         direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
-        rows = be.sample(interpolant(be, run.tableau), self.log, be.scalars(ts), x.u0, direction)
+        stepper = run.stepper(run.field.bind(be, x.theta, x.constants))
+        rows = be.sample(stepper.interpolate, self.log, be.scalars(ts), x.u0, direction)
         leaves = layout.unravel(be, rows[0, :] if single else rows)
         return be.unflatten(layout.structure, leaves)
 

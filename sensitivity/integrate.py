@@ -8,9 +8,9 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from .backend import Array, Record, Scalar
-from .methods import RungeKutta, step
+from .methods import Method
+from .stepper import Stepper
 from .system import Field, Products
-from .tableaus import Tableau
 
 
 class RetCode(IntEnum):
@@ -28,13 +28,14 @@ class RetCode(IntEnum):
 class Run:
     """What is fixed for one solve and known before it starts; hashable, so that compiled solves can be reused.
 
-    `saves` is None (the end), an int (equally spaced), "steps", or "ts" (times given in the inputs).
+    `saves` is None (the end), an int (equally spaced), "steps", or "ts" (times given in the inputs). `kind` holds
+    what only one kind of problem has; None for an ODE.
     """
 
     be: Any = field(compare=False)
     backend: str
     field: Field
-    method: RungeKutta
+    method: Method
     controller: Any
     vjp: Any
     products: Products
@@ -49,11 +50,16 @@ class Run:
     norm: Callable[[Array], Any] | None
     progress: Callable[..., Any] | None
     interpolated: bool = False
+    kind: Any = None
 
     @property
-    def tableau(self) -> Tableau:
-        """The forward solve's tableau; times inside steps need dense output."""
-        return self.method.tableau(self.dense or self.interpolated or self.saves not in (None, "steps"))
+    def inside(self) -> bool:
+        """Whether outputs are wanted inside the steps of the forward solve."""
+        return self.dense or self.interpolated or self.saves not in (None, "steps")
+
+    def stepper(self, rhs: Callable) -> Stepper:
+        """The method of the forward solve, bound to `rhs`."""
+        return self.method.bind(self.be, rhs, self.inside)
 
 
 class State(NamedTuple):
@@ -84,7 +90,7 @@ def span(be: Any, t0: Any, t1: Any) -> Span:
     return Span(t0, t1, be.choose(t1 >= t0, 1.0, -1.0))
 
 
-def initial_step(run: Run, tab: Tableau, rhs: Callable, s: Span, u: Array, k: Array, rtol: Any, atol: Any,
+def initial_step(run: Run, stepper: Stepper, s: Span, u: Array, k: Array, rtol: Any, atol: Any,
                  norm: Callable) -> Scalar:
     """Starting step size (Hairer, Norsett, Wanner I, II.4); one evaluation of `f` beyond `k = f(t0, u)`."""
     be = run.be
@@ -93,11 +99,12 @@ def initial_step(run: Run, tab: Tableau, rhs: Callable, s: Span, u: Array, k: Ar
     h0 = be.choose(small, 1e-6, 0.01 * d0 / be.choose(small, 1.0, d1))
     h0 = be.least(h0, abs(s.t1 - s.t0))
     h = s.direction * h0
-    slope = rhs(be.time(s.t0 + h), be.combine(u, h, (1.0,), k[None, :]))
+    slope = stepper.rhs(be.time(s.t0 + h), be.combine(u, h, (1.0,), k[None, :]))
     d2 = norm(be.scaled(slope - k, u, u, rtol, atol)) / be.choose(h0 > 0.0, h0, 1.0)
     top = be.greatest(d1, d2)
     flat = top <= 1e-15
-    h1 = be.choose(flat, be.greatest(1e-6, h0 * 1e-3), (0.01 / be.choose(flat, 1.0, top)) ** (1.0 / (tab.order + 1)))
+    power = 1.0 / (stepper.order + 1)
+    h1 = be.choose(flat, be.greatest(1e-6, h0 * 1e-3), (0.01 / be.choose(flat, 1.0, top)) ** power)
     # A non-finite slope at the trial point says that the trial was too long, not how long a step may be.
     h1 = be.choose(be.isfinite(d2), be.least(100.0 * h0, h1), 1e-3 * h0)
     # Nor does a slope at the start that is not finite; the first step then fails and says so.
@@ -105,24 +112,24 @@ def initial_step(run: Run, tab: Tableau, rhs: Callable, s: Span, u: Array, k: Ar
     return s.direction * h1
 
 
-def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
+def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
               norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None) -> tuple[State, Any]:
-    """Integrate `u' = rhs(t, u)` over the span `s`; returns the last state and what `sink` collected.
+    """Integrate over the span `s` with a bound method; returns the last state and what `sink` collected.
 
     `h` is a first step size to try; without it (and without `run.dt`) one is chosen.
     """
     be, controller = run.be, run.controller
     norm = norm or run.norm or be.rms
-    k0 = rhs(be.time(s.t0 if s.shift is None else s.t0 + s.shift[0]), u0) if tab.fsal else None
+    k0 = stepper.first(be.time(s.t0 if s.shift is None else s.t0 + s.shift[0]), u0)
     if h is None:
         if run.dt is not None:
             h = s.direction * run.dt
         else:
             assert k0 is not None
-            h = initial_step(run, tab, rhs, s, u0, k0, rtol, atol, norm)
+            h = initial_step(run, stepper, s, u0, k0, rtol, atol, norm)
     length = abs(s.t1 - s.t0)
     eps = be.eps(be.time_dtype(u0.dtype))
-    k = tab.order
+    k = stepper.order
     delta = None if s.shift is None else s.shift[1] - s.shift[0]
 
     def tell(t: Scalar) -> None:
@@ -138,14 +145,14 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
         last = wanted * (1.0 + 1e-9) >= abs(remaining)
         h = be.choose(last, remaining, s.direction * wanted)
         t_f, h_f = (state.t, h) if s.shift is None else _shifted(be, s, state.t, h, last & (target == s.t1), delta)
-        u1, K = step(be, tab, rhs, t_f, h_f, state.u, state.k)
+        u1, K = stepper.step(t_f, h_f, state.u, state.k)
         record = Record(t_f, h_f, state.u, K)
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
             tell(t)
-            return (State(t, state.h, u1, K[-1, :] if tab.fsal else None, state.memory, state.ratio,
+            return (State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio,
                           state.accepted + 1, state.rejected, state.status), record, True)
-        ratio = norm(be.scaled(be.combine(None, h, tab.error, K), state.u, u1, rtol, atol))
+        ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)
         t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
         h_next = be.choose(last & keep, s.direction * be.greatest(wanted, abs(h) * factor), h * factor)
@@ -154,7 +161,7 @@ def integrate(run: Run, tab: Tableau, rhs: Callable, s: Span, u0: Array, rtol: A
         status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
                            state.status)
         tell(t)
-        u, k_next = be.choose(keep, (u1, K[-1, :] if tab.fsal else None), (state.u, state.k))
+        u, k_next = be.choose(keep, (u1, stepper.carry(K)), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
                     state.rejected + be.choose(keep, 0, 1), status)
         return new, record, keep
@@ -177,8 +184,6 @@ def _shifted(be: Any, s: Span, t: Scalar, h: Scalar, last: Any, delta: Any) -> t
     return t + s.shift[0], h + be.choose(last, delta, 0.0 * delta)
 
 
-def evaluations(run: Run, tab: Tableau, end: State, started: bool = False) -> Any:
+def evaluations(run: Run, stepper: Stepper, end: State, started: bool = False) -> Any:
     """How often `f` was evaluated: by the formula, which the tests compare with a counter."""
-    attempts = end.accepted + end.rejected
-    start = 0 if started or run.dt is not None else 1 if tab.fsal else 2
-    return (1 + (tab.stages - 1) * attempts if tab.fsal else tab.stages * attempts) + start
+    return stepper.evaluations(end.accepted + end.rejected, started or run.dt is not None)

@@ -1,57 +1,42 @@
-"""One-step methods. A method says how one step is taken and how cotangents and tangents cross it.
-
-Explicit Runge-Kutta, for stages i = 1..s (Hairer, Norsett, Wanner I, II.1):
-
-    U_i = u + h sum_{j<i} a_ij k_j,   k_i = f(t + c_i h, U_i),   u1 = u + h sum_i b_i k_i
-
-Reverse, with `lam` the cotangent of `u1` and `kbar_i` what outputs inside the step add to stage i
-(the transposed recursion; Sanz-Serna 2016, section 3):
-
-    Y_i = f_u(U_i)^T w_i,   w_i = h (b_i lam + sum_{j>i} a_ji Y_j) + kbar_i,   lam <- lam + sum_i Y_i,
-    pbar += f_p^T w_i
-
-A first-same-as-last method evaluates its last stage at `(t1, u1)` and reuses it as the next first stage, so the
-cotangent of the first stage is carried (`kappa`) to the step before, where the two uses meet in one product.
-"""
+"""The methods that users name. A method says how it is bound to a vector field; the rest is its stepper's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from . import tableaus
-from .backend import Array, Contribution, Record, Scalar
+from .explicit import Explicit
+from .stepper import Stepper
 from .tableaus import Tableau
 
 
-class Adjoint(NamedTuple):
-    """State of a reverse sweep: cotangents of the node's state, of its slope, of the parameters, and of `t0`."""
-
-    lam: Array
-    kappa: Array | None
-    theta: tuple[Array, ...]
-    t0: Scalar
-    h: Scalar
-
-
-class Tangent(NamedTuple):
-    """Tangents (one row per direction) of the node's state and of its slope."""
-
-    u: Array
-    k: Array | None
-
-
 @dataclass(frozen=True)
-class RungeKutta:
-    """Base of the explicit Runge-Kutta methods."""
+class Method:
+    """Base of all methods."""
 
-    base: ClassVar[Tableau]
     references: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps have an error estimate."""
+        raise NotImplementedError
+
+    def bind(self, be: Any, rhs: Any, dense: bool) -> Stepper:
+        """The method for `u' = rhs(t, u)`; `dense` asks for output between the steps."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RungeKutta(Method):
+    """Base of the explicit Runge-Kutta methods."""
+
+    base: ClassVar[Tableau]
 
     @property
     def adaptive(self) -> bool:
@@ -61,117 +46,13 @@ class RungeKutta:
         """The form in use: with `f(t1, u1)` as last stage when errors are controlled or dense output needs it."""
         return _form(self.base, (dense and self.base.dense is None) or self.adaptive)
 
+    def bind(self, be: Any, rhs: Any, dense: bool) -> Stepper:
+        return Explicit(be, self.tableau(dense), rhs)
+
 
 @cache
 def _form(base: Tableau, endpoint: bool) -> Tableau:
     return base.with_endpoint() if endpoint else base
-
-
-@cache
-def _transposed(tab: Tableau, order: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
-    """Rows of `a^T` for stages in descending `order`, so that the reverse recursion is lower triangular too."""
-    return tuple(tuple(tab.a[j][i] for j in order[:r]) for r, i in enumerate(order))
-
-
-@cache
-def _column(tab: Tableau, j: int, order: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple(tab.a[i][j] if j < len(tab.a[i]) else 0.0 for i in order)
-
-
-@cache
-def _ones(count: int) -> tuple[float, ...]:
-    # Backends may remember a matrix for each tuple of weights, so one tuple serves all steps.
-    return (1.0,) * count
-
-
-def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
-    """One step: `(u1, K)` with `K` of shape `(s, n)`; `k` is the first stage of a first-same-as-last method."""
-    u1, K = be.recursion(tab.a, u, h, (be.times(t, h, tab.c),), lambda _, x, v: (v, rhs(x[0], v)), u, k)
-    return (u1 if tab.fsal else be.combine(u, h, tab.b, K)), K
-
-
-def restage(be: Any, tab: Tableau, rhs: Any) -> Any:
-    """`record -> K`: the stages of a recorded step once more."""
-    def stages(record: Record) -> Array:
-        t, h, u, _ = record
-        return step(be, tab, rhs, t, h, u, rhs(be.time(t), u) if tab.fsal else None)[1]
-
-    return stages
-
-
-def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-             state: Adjoint) -> Adjoint:
-    """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.
-
-    With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
-    """
-    t, h, u, K = record
-    lam, stages_out = state.lam, None if out is None else out.k
-    inputs, times = be.inputs(tab.a, u, h, K), be.times(t, h, tab.c)
-    base = be.seeds(tab.b, h, lam, stages_out, state.kappa)
-    silent_end = tab.fsal and state.kappa is None and stages_out is None
-    order = tuple(range(tab.stages - 1 - silent_end, -1 + tab.fsal, -1))
-
-    def row(carry: tuple, x: tuple, v: Array) -> tuple[tuple, Array]:
-        theta, moved, stretched = carry
-        time_i, c_i, u_i = x
-        y, theta_bar, t_bar = pull(time_i, u_i, v)
-        if time:
-            moved, stretched = moved + t_bar, stretched + c_i * t_bar
-        return (be.add(theta, theta_bar), moved, stretched), y
-
-    xs = tuple(be.permuted(x, order) for x in (times, tab.c, inputs))
-    (theta, moved, stretched), Y = be.recursion(
-        _transposed(tab, order), be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0))
-    kappa = None
-    if tab.fsal:
-        kappa = be.combine(base[0, :], h, _column(tab, 0, order), Y)
-    h_bar = state.h
-    if time:
-        slope = be.combine(None, 1.0, tab.b, K)
-        change = be.dot(lam, slope) + stretched
-        moves = be.inputs(tab.a, 0.0 * u, 1.0, K)
-        for position, i in enumerate(order):
-            change = change + be.dot(Y[position, :], moves[i])
-        if out is not None:
-            change = change + out.h
-        h_bar = be.choose(last, change, h_bar)
-    lam = be.combine(lam, 1.0, _ones(len(order)), Y)
-    if out is not None and out.u is not None:
-        lam = lam + out.u
-    return Adjoint(lam, kappa, theta, moved, h_bar)
-
-
-def step_jvp(be: Any, tab: Tableau, push: Any, record: Record, dt: Array | None, dh: Array | None,
-             state: Tangent) -> tuple[Tangent, Array]:
-    """Push `m` tangents across one step; `push(t, u, du, dt) -> (f, df)`. Returns the new state and `dK` `(s, m, n)`.
-
-    `dt` and `dh`, shape `(m,)`, move the start of the step and change its size.
-    """
-    t, h, u, K = record
-    m, n = state.u.shape
-    inputs, times = be.inputs(tab.a, u, h, K), be.times(t, h, tab.c)
-    moves = None if dh is None else be.inputs(tab.a, 0.0 * u, 1.0, K)
-
-    def row(carry: Any, x: tuple, v: Array) -> tuple[Any, Array]:
-        time_i, c_i, u_i, move_i = x
-        dv = be.xp.reshape(v, (m, n))
-        dt_i = dt
-        if dh is not None:
-            dv = dv + dh[:, None] * move_i[None, :]
-            dt_i = dt + c_i * dh
-        _, dk = push(time_i, u_i, dv, dt_i)
-        return carry, be.xp.reshape(dk, (m * n,))
-
-    xs = (times, tab.c, inputs, inputs if moves is None else moves)
-    flat = be.xp.reshape(state.u, (m * n,))
-    first = None if state.k is None else be.xp.reshape(state.k, (m * n,))
-    _, dK = be.recursion(tab.a, flat, h, xs, row, (), first)
-    du1 = be.xp.reshape(be.combine(flat, h, tab.b, dK), (m, n))
-    if dh is not None:
-        du1 = du1 + dh[:, None] * be.combine(None, 1.0, tab.b, K)[None, :]
-    dK = be.xp.reshape(dK, (tab.stages, m, n))
-    return Tangent(du1, dK[-1, :, :] if tab.fsal else None), dK
 
 
 class Euler(RungeKutta):

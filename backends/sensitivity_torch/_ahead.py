@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from sensitivity.algorithms.discrete import RecursiveCheckpointAdjoint
+from sensitivity.methods import RungeKutta
 from sensitivity.vjp import ReverseVJP
 
 from . import _autodiff
@@ -23,7 +24,8 @@ BLOCK = 48
 
 def reverse(algorithm, run, residuals, ct, wanted):
     """`algorithm.reverse`, ahead where that pays and `f` allows it."""
-    if type(algorithm) is RecursiveCheckpointAdjoint and type(run.vjp) is ReverseVJP:
+    plain = type(algorithm) is RecursiveCheckpointAdjoint and isinstance(run.method, RungeKutta)
+    if plain and type(run.vjp) is ReverseVJP:
         u0 = residuals.x.u0
         # A product with complex derivatives is linear over the reals only, so no matrix stands for it.
         if u0.shape[0] <= LARGEST and not u0.is_complex() and len(residuals.log) > 3:
@@ -55,7 +57,7 @@ class _Sweep(TorchBackend):
     def __init__(self, run, x):
         super().__init__(run.be.dtype, run.be._device)
         self._constants = run.be._constants
-        self.tableau, self.x = run.tableau, x
+        self.tableau, self.x = run.method.tableau(run.inside), x
         self.original = run
         self.graph = None
 

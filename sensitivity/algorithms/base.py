@@ -14,8 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array, Scalar
 from ..errors import UnsupportedCombination
 from ..integrate import Run, Span, State, evaluations, integrate, span
-from ..interpolate import interpolant
-from ..methods import restage
+from ..stepper import Stepper
 from ..system import Inputs
 
 
@@ -136,8 +135,8 @@ class Solved(NamedTuple):
 
 def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[Outputs, Aux, Solved]:
     """The forward solve of every algorithm; with `keep`, all accepted steps are logged."""
-    be, tab = run.be, run.tableau
-    rhs = run.field.bind(be, x.theta, x.constants)
+    be = run.be
+    stepper = run.stepper(run.field.bind(be, x.theta, x.constants))
     s = span(be, x.t0, x.t1)._replace(shift=shift)
     timed = run.saves not in (None, "steps")
     ts = save_times(run, x, s) if timed else None
@@ -145,16 +144,16 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if keep or run.dense or run.saves == "steps":
         sink = be.store(run.capacity)
     elif timed:
-        sink = be.sampler(interpolant(be, tab), ts, x.u0, s.direction, run.capacity, restage(be, tab, rhs))
-    end, kept = integrate(run, tab, rhs, s, x.u0, x.rtol, x.atol, sink=sink,
+        sink = be.sampler(stepper.interpolate, ts, x.u0, s.direction, run.capacity, stepper.restage)
+    end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink,
                           limit=None if sink is None else run.capacity)
     log = kept
     if keep or run.dense or run.saves == "steps":
-        kept = be.reopen(kept, restage(be, tab, rhs))
+        kept = be.reopen(kept, stepper.restage)
     if timed:
         u = kept
         if keep or run.dense:
-            u = be.sample(interpolant(be, tab), kept, ts if shift is None else x.saveat, x.u0, s.direction)
+            u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, x.u0, s.direction)
         u = be.reached(u, ts, end.t, s.direction)
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t)
@@ -164,15 +163,15 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if run.dense:
         times, sizes, nodes, stages = be.stacked(kept)
         mesh = (times, sizes)
-    aux = Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, tab, end), end.status, end.ratio, end.h, mesh)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, stepper, end), end.status, end.ratio, end.h, mesh)
     return Outputs(u, nodes, stages), aux, Solved(x, log if keep or run.dense else None, end)
 
 
-def opened(run: Run, solved: Solved) -> Solved:
-    """What the forward solve left, with the stages of its steps within reach."""
+def opened(run: Run, solved: Solved) -> tuple[Solved, Stepper]:
+    """What the forward solve left, with the stages of its steps within reach, and its method."""
     x = solved.x
-    stages = restage(run.be, run.tableau, run.field.bind(run.be, x.theta, x.constants))
-    return solved._replace(log=run.be.reopen(solved.log, stages))
+    stepper = run.stepper(run.field.bind(run.be, x.theta, x.constants))
+    return solved._replace(log=run.be.reopen(solved.log, stepper.restage)), stepper
 
 
 def fold_times(run: Run, ts_bar: Any, t0_bar: Scalar, t1_bar: Scalar) -> tuple[Scalar, Scalar]:

@@ -5,7 +5,7 @@ The forward pass keeps every accepted step `(t_n, h_n, u_n, K_n)`. Reverse, from
     lam_n = (d u_{n+1} / d u_n)^T lam_{n+1} + cotangents of the outputs inside step n,
     pbar += (d u_{n+1} / d p)^T lam_{n+1},
 
-with the products made stage by stage (`methods.step_vjp`). Step sizes are constants: no controller, no rejected
+with the products made stage by stage (`Stepper.vjp`). Step sizes are constants: no controller, no rejected
 step is differentiated. Times move the mesh: every node moves with `t0`, and the last step takes up the change of
 `t1`, so that `dG/dt0 = sum_n tbar_n - hbar_N`, `dG/dt1 = hbar_N` are exact for the computed solution as well.
 
@@ -20,8 +20,7 @@ from typing import Any, ClassVar
 from ..backend import Array, Record
 from ..errors import UnsupportedCombination
 from ..integrate import Run, span
-from ..interpolate import interpolant, slope, transpose
-from ..methods import Adjoint, Tangent, step_jvp, step_vjp
+from ..stepper import Adjoint, Tangent
 from ..system import Inputs
 from . import base
 
@@ -63,8 +62,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         return base.solve_forward(run, x, keep=True)
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
-        be, tab = run.be, run.tableau
-        x, log, end = base.opened(run, residuals)
+        be = run.be
+        (x, log, end), stepper = base.opened(run, residuals)
         time, params = base.times_wanted(wanted), "theta" in wanted and bool(x.theta)
         s = span(be, x.t0, x.t1)
         pull = run.vjp.pullback(run, x, time=time, params=params)
@@ -75,16 +74,16 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
             extra, lam = be.nodes_vjp(log, ct.u)
         else:
             ts = base.save_times(run, x, s)
-            extra, ts_bar = be.sample_vjp(transpose(be, tab, time), log, ts, ct.u, s.direction)
+            extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, ct.u, s.direction)
         if ct.nodes is not None:
             extra = be.stacked_vjp(log, ct.nodes, ct.stages, extra)
-        state = Adjoint(lam, be.nothing(lam) if tab.fsal else None, be.zeros(x.theta) if params else (), 0.0, 0.0)
+        state = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, be.zeros(x.theta) if params else (), 0.0, 0.0)
 
         def back(state: Adjoint, record: Record, out: Any, last: Any) -> Adjoint:
-            return step_vjp(be, tab, pull, record, out, last, time, state)
+            return stepper.vjp(pull, record, out, last, time, state)
 
         lam, kappa, theta, t0_bar, h_bar = be.replay(back, state, log, extra)
-        nvjp = end.accepted * (tab.stages - tab.fsal)
+        nvjp = end.accepted * (stepper.stages - stepper.fsal)
         if kappa is not None:
             u_bar, theta_bar, t_bar = pull(be.time(s.t0), x.u0, kappa)
             lam, theta, t0_bar = lam + u_bar, be.add(theta, theta_bar), t0_bar + t_bar
@@ -101,9 +100,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
 
 def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
     """Push directions through the accepted steps of a solve: `(m, k, n)` at its outputs."""
-    be, tab = run.be, run.tableau
-    xp = be.xp
-    x, log, end = base.opened(run, solved)
+    be, xp = run.be, run.be.xp
+    (x, log, end), stepper = base.opened(run, solved)
     m, n = d.u0.shape
     timed = run.saves not in (None, "steps")
     moving = not (d.t0 is None and d.t1 is None and d.saveat is None)
@@ -111,12 +109,12 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
     dt0, dt1 = (zero if d.t0 is None else d.t0), (zero if d.t1 is None else d.t1)
     push = run.vjp.pushforward(run, x, d.theta)
     s = span(be, x.t0, x.t1)
-    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0 if moving else None)[1] if tab.fsal else None
+    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0 if moving else None)[1] if stepper.fsal else None
 
     def ahead(state: Tangent, record: Record, last: Any) -> tuple[Tangent, Record]:
         dh = be.choose(last, dt1 - dt0, zero) if moving else None
-        new, dK = step_jvp(be, tab, push, record, dt0 if moving else None, dh, state)
-        kept = Record(record.t, record.h, xp.reshape(state.u, (m * n,)), xp.reshape(dK, (tab.stages, m * n)))
+        new, dK = stepper.jvp(push, record, dt0 if moving else None, dh, state)
+        kept = Record(record.t, record.h, xp.reshape(state.u, (m * n,)), xp.reshape(dK, (stepper.stages, m * n)))
         return new, kept
 
     state, tangents = be.follow(ahead, Tangent(d.u0, slope0), log)
@@ -127,14 +125,14 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
         return xp.permute_dims(xp.reshape(du, (-1, m, n)), (1, 0, 2))
     ts = base.save_times(run, x, s)
     du0 = xp.reshape(d.u0, (m * n,))
-    du = be.sample(interpolant(be, tab), tangents, ts, du0, s.direction)
+    du = be.sample(stepper.interpolate, tangents, ts, du0, s.direction)
     du = xp.permute_dims(xp.reshape(du, (-1, m, n)), (1, 0, 2))
     if moving and timed:
-        speed = be.sample(slope(be, tab), log, ts, 0.0 * x.u0, s.direction)
+        speed = be.sample(stepper.slope, log, ts, 0.0 * x.u0, s.direction)
         ds = save_time_tangents(run, d, dt0, dt1) - dt0[:, None]
         du = du + ds[:, :, None] * speed[None, :, :]
         t_last = end.t - be.last_size(log)
-        values, slopes = interpolant(be, tab), slope(be, tab)
+        values, slopes = stepper.interpolate, stepper.slope
 
         def stretch(record: Record, ts: Any) -> Array:
             """Change of the output per change of the last step's size."""

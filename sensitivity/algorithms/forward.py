@@ -13,8 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
 from ..integrate import Run, evaluations, integrate, span
-from ..interpolate import interpolant
-from ..methods import restage
 from ..system import Inputs
 from . import base
 from .discrete import save_time_tangents
@@ -69,19 +67,19 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             f, df = push(t, z[:n], xp.reshape(z[n:], (m, n)), None)
             return xp.concat([f, xp.reshape(df, (m * n,))])
 
-        tab = run.tableau
+        stepper = run.stepper(augmented)
         z0 = xp.concat([x.u0, xp.reshape(S0, (m * n,))])
         norm = run.norm or (lambda e: be.greatest(be.rms(e[:n]), be.rms(e[n:])) if m else be.rms(e))
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         sink = None
         if run.saves is not None:
-            sink = be.sampler(interpolant(be, tab), ts, z0, s.direction, run.capacity, restage(be, tab, augmented))
-        end, rows = integrate(run, tab, augmented, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm,
+            sink = be.sampler(stepper.interpolate, ts, z0, s.direction, run.capacity, stepper.restage)
+        end, rows = integrate(run, stepper, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm,
                               limit=None if sink is None else run.capacity)
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
         u, S = rows[:, :n], xp.reshape(rows[:, n:], (-1, m, n))
         speed = None
-        nfe = evaluations(run, tab, end) + ("t0" in wanted)
+        nfe = evaluations(run, stepper, end) + ("t0" in wanted)
         if base.times_wanted(wanted):
             _, slopes = be.scan(lambda _, i: (0, rhs(be.time(i[0]), i[1])), 0, (ts, u))
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 from ..backend import Array
 from ..errors import InputError
 from ..integrate import Run, evaluations, integrate, span
-from ..interpolate import interpolant
 from ..system import Inputs
 from . import base
 from .discrete import frozen_tangent
@@ -68,11 +67,11 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
             raise base.unsupported(self.name, "derivatives in t0 and t1 of saveat='steps', whose times move with them",
                                    "RecursiveCheckpointAdjoint()")
         run = _dense(run)
-        x, log, end = base.opened(run, residuals)
+        (x, log, end), ahead = base.opened(run, residuals)
         n = x.u0.shape[0]
         params = "theta" in wanted and bool(x.theta)
         s = span(be, x.t0, x.t1)
-        u_of = be.lookup(interpolant(be, run.tableau), log)
+        u_of = be.lookup(ahead.interpolate, log)
         pull = run.vjp.pullback(run, x, params=params)
 
         def augmented(t: Any, z: Array) -> Array:
@@ -80,7 +79,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
             parts = [lam_bar, *(xp.astype(xp.reshape(v, (-1,)), z.dtype) for v in theta_bar)]
             return -(xp.concat(parts) if len(parts) > 1 else parts[0])
 
-        tab = run.method.tableau(False)
+        stepper = run.method.bind(be, augmented, False)
         tolerances = (x.rtol if self.rtol is None else self.rtol, x.atol if self.atol is None else self.atol)
         size = n + (sum(base.size_of(v) for v in x.theta) if params else 0)
         norm = _worst_part(be, n) if size > n else be.rms
@@ -98,7 +97,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
             t, z, h, accepted, rejected, status = state
             t_next, ct_next = item
             leg = span(be, t, t_next)._replace(direction=-s.direction)
-            last, _ = integrate(adjoint, tab, augmented, leg, z, *tolerances, norm=norm, h=h)
+            last, _ = integrate(adjoint, stepper, leg, z, *tolerances, norm=norm, h=h)
             z = last.u + be.padded(ct_next, size)
             return (t_next, z, last.h, accepted + last.accepted, rejected + last.rejected,
                     be.greatest(status, last.status)), 0
@@ -108,7 +107,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
         state, _ = be.scan(segment, state, (ts_sorted[1:], ct_sorted[1:]))
         (_, z, _, accepted, rejected, status), _ = segment(state, (s.t0, 0.0 * x.u0))
         total = end._replace(accepted=accepted, rejected=rejected)
-        nvjp = evaluations(adjoint, tab, total, started=True) + (len(ts_sorted) - 1) * tab.fsal
+        nvjp = evaluations(adjoint, stepper, total, started=True) + (len(ts_sorted) - 1) * stepper.fsal
         lam = z[:n]
         theta = be.split(z[n:], x.theta) if params else ()
         t0_bar = t1_bar = 0.0

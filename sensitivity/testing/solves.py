@@ -117,7 +117,7 @@ def check_evaluations(h: Harness) -> None:
         with h.be.quiet():
             _, aux = RecursiveCheckpointAdjoint().plain(run, x)
         attempts = sum(h.numbers((aux.accepted, aux.rejected)))
-        expected = (1 if dt else 2) + (run.tableau.stages - 1) * attempts
+        expected = (1 if dt else 2) + (run.stepper(prob.f).stages - 1) * attempts
         require(h.numbers(aux.nfe) == [expected], f"nfe {aux.nfe}, expected {expected} for {attempts} attempts")
         require(h.be.traced or calls[0] == expected, f"nfe {aux.nfe}, f was called {calls[0]} times")
 

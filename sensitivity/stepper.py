@@ -1,0 +1,94 @@
+"""A one-step method bound to a vector field: what the loops and the sensitivity algorithms need from it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .backend import Array, Contribution, Record, Scalar
+
+
+class Adjoint(NamedTuple):
+    """State of a reverse sweep: cotangents of the node's state, of its slope, of the parameters, and of `t0`."""
+
+    lam: Array
+    kappa: Array | None
+    theta: tuple[Array, ...]
+    t0: Scalar
+    h: Scalar
+
+
+class Tangent(NamedTuple):
+    """Tangents (one row per direction) of the node's state and of its slope."""
+
+    u: Array
+    k: Array | None
+
+
+class Stepper:
+    """A method bound to `rhs(t, u) -> du`; made by `Method.bind`, once per solve.
+
+    Attributes
+    ----------
+    order : of the solution.
+    stages : rows of the stage derivatives `K` in a record.
+    fsal : whether the last stage is `f` at the end of the step, which the next step then starts from.
+    """
+
+    be: Any
+    rhs: Any
+    order: int
+    stages: int
+    fsal: bool = False
+
+    def first(self, t: Any, u: Array) -> Array | None:
+        """What the first step of a segment needs to know beforehand: `f(t, u)`, or None."""
+        return self.rhs(t, u) if self.fsal else None
+
+    def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        """One step from `u` with the carried slope `k`: the new state and the stage derivatives `K` `(s, n)`."""
+        raise NotImplementedError
+
+    def carry(self, K: Array) -> Array | None:
+        """The slope that the next step starts from."""
+        return K[-1, :] if self.fsal else None
+
+    def error(self, t: Scalar, h: Scalar, u: Array, K: Array) -> Array:
+        """The estimated error of a step; not finite where the step could not be computed."""
+        raise NotImplementedError
+
+    def restage(self, record: Record) -> Array:
+        """The stages of a recorded step once more."""
+        t, h, u, _ = record
+        return self.step(t, h, u, self.first(self.be.time(t), u))[1]
+
+    def interpolate(self, record: Record, ts: Any) -> Array:
+        """Dense output of one step at several times: `(len(ts), n)`."""
+        raise NotImplementedError
+
+    def slope(self, record: Record, ts: Any) -> Array:
+        """Derivative in time of the dense output of one step: `(len(ts), n)`."""
+        raise NotImplementedError
+
+    def interpolate_vjp(self, time: bool) -> Any:
+        """Pullback of `interpolate`: `(record, ts, ct) -> (Contribution, ct of ts)`."""
+        raise NotImplementedError
+
+    def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
+            state: Adjoint) -> Adjoint:
+        """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.
+
+        With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
+        """
+        raise NotImplementedError
+
+    def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
+            state: Tangent) -> tuple[Tangent, Array]:
+        """Push `m` tangents across one step; `push(t, u, du, dt) -> (f, df)`: the new state and `dK` `(s, m, n)`.
+
+        `dt` and `dh`, shape `(m,)`, move the start of the step and change its size.
+        """
+        raise NotImplementedError
+
+    def evaluations(self, attempts: Any, known: bool) -> Any:
+        """How often `f` was evaluated in `attempts` steps; `known` tells that no first step size had to be found."""
+        raise NotImplementedError
