@@ -26,6 +26,7 @@ from .errors import (
     TracingError,
     UnsupportedCombination,
 )
+from .events import Event, PresetTimes
 from .gradient import gradient
 from .integrate import RetCode
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
@@ -48,6 +49,7 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
     "FiniteDifferenceVJP",
     "FixedStep",
     "ForwardSensitivity",
@@ -63,6 +65,7 @@ __all__ = [
     "ODEProblem",
     "OutputError",
     "PIController",
+    "PresetTimes",
     "ProbeWarning",
     "RecursiveCheckpointAdjoint",
     "RetCode",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from dataclasses import replace
 from typing import Any
 
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .errors import UnsupportedCombination
-from .integrate import Run, span
+from .integrate import Run
 from .system import Inputs
+from .trust import checked_once
 from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
 
 
@@ -49,6 +48,9 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
         raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,
                                      "vjp=FiniteDifferenceVJP() serves any f; vjp=auto chooses")
     run = replace(run, vjp=vjp)
+    if run.events and not sensealg.events:
+        raise UnsupportedCombination(f"{sensealg.name} does not go with events", "it has no jump conditions for them",
+                                     "sensealg=RecursiveCheckpointAdjoint()")
     sensealg.refuse(run)
     return replace(sensealg, vjp=vjp, because=because), run
 
@@ -56,49 +58,12 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
 def choose_vjp(run: Run, x: Inputs, verify: bool = True) -> tuple[VJP, str]:
     """The first of: the user's products, the framework's reverse mode, differences."""
     be, user, reverse = run.be, UserVJP(), ReverseVJP()
-    if user.missing(run) is None and run.field.p.count == len(x.theta):
+    if user.missing(run) is None and not run.field.captured:
         return user, "the problem carries its own derivatives"
     missing = reverse.missing(run)
     if missing is None and be.opaque and verify:
-        missing = _checked_once(run, x)
+        missing = checked_once(run, x)
     if missing is None:
         return reverse, f"reverse-mode AD of {be.name}"
     return FiniteDifferenceVJP(), (f"central differences, because {missing}; vjp=ComplexStepVJP() is exact for an "
                                    "analytic f, ODEProblem(vjp=...) for any")
-
-
-_verdicts: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
-
-
-def _checked_once(run: Run, x: Inputs) -> str | None:
-    """`_disagreement`, remembered for each function and each shape of its arguments."""
-    try:
-        known = _verdicts.setdefault(run.field.f, {})
-    except TypeError:
-        return _disagreement(run, x)
-    key = (run.backend, x.u0.dtype, run.field.u.shapes, tuple(tuple(v.shape) for v in x.theta))
-    if key not in known:
-        known[key] = _disagreement(run, x)
-    return known[key]
-
-
-def _disagreement(run: Run, x: Inputs) -> str | None:
-    """Why reverse-mode AD cannot be trusted with this `f`, checked by value at the initial point."""
-    be = run.be
-    s = span(be, x.t0, x.t1)
-    n = run.field.u.size
-    ct = be.vector([1.0 + 0.25 * i / n for i in range(n)], x.u0)
-    results = []
-    for vjp in (ReverseVJP(), FiniteDifferenceVJP()):
-        try:
-            bound = replace(run, vjp=vjp)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the values decide, not what AD says on the way
-                results.append(vjp.pullback(bound, x, params=False)(be.time(s.t0), x.u0, ct)[0])
-        except Exception as e:  # any failure of AD on a user's function means the same: it cannot serve
-            return f"{be.name} AD fails on f ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-    exact, numeric = results
-    gap = be.rms(exact - numeric)
-    if gap <= 1e-4 * (be.rms(numeric) + be.rms(ct)):
-        return None
-    return f"{be.name} AD of f disagrees with differences at the start (f leaves the AD's namespace)"

@@ -120,7 +120,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
         for position, i in enumerate(order):
             change = change + be.dot(Y[position, :], moves[i])
         if out is not None:
-            change = change + out.h
+            change, moved = change + out.h, moved + out.t
         h_bar = be.choose(last, change, h_bar)
     lam = be.combine(lam, 1.0, _ones(len(order)), Y)
     if out is not None and out.u is not None:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from .backend import Array, Record, Scalar
 from .methods import Method
+from .retcode import RetCode
 from .stepper import Stepper
 from .system import Field, Products
-
-
-class RetCode(IntEnum):
-    """How a solve ended."""
-
-    Success = 0
-    MaxSteps = 1
-    DtMin = 2
-    NonFinite = 3
-    NewtonFailure = 4
-    Terminated = 5
+from .watch import no
 
 
 @dataclass(frozen=True)
@@ -51,11 +41,13 @@ class Run:
     progress: Callable[..., Any] | None
     interpolated: bool = False
     kind: Any = None
+    events: tuple[Any, ...] = ()
+    max_events: int = 0
 
     @property
     def inside(self) -> bool:
         """Whether outputs are wanted inside the steps of the forward solve."""
-        return self.dense or self.interpolated or self.saves not in (None, "steps")
+        return self.dense or self.interpolated or bool(self.events) or self.saves not in (None, "steps")
 
     def stepper(self, rhs: Callable) -> Stepper:
         """The method of the forward solve, bound to `rhs`."""
@@ -63,7 +55,8 @@ class Run:
 
 
 class State(NamedTuple):
-    """Loop state; `k` is `f(t, u)` for first-same-as-last methods, `ratio` the last error norm in tolerances."""
+    """Loop state; `k` is `f(t, u)` for first-same-as-last methods, `ratio` the last error norm in tolerances, `watch`
+    what the search for events remembers."""
 
     t: Scalar
     h: Scalar
@@ -74,6 +67,7 @@ class State(NamedTuple):
     accepted: Any
     rejected: Any
     status: Any
+    watch: Any = None
 
 
 class Span(NamedTuple):
@@ -113,10 +107,11 @@ def initial_step(run: Run, stepper: Stepper, s: Span, u: Array, k: Array, rtol: 
 
 
 def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
-              norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None) -> tuple[State, Any]:
+              norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None,
+              watch: Any = None) -> tuple[State, Any]:
     """Integrate over the span `s` with a bound method; returns the last state and what `sink` collected.
 
-    `h` is a first step size to try; without it (and without `run.dt`) one is chosen.
+    `h` is a first step size to try; without it (and without `run.dt`) one is chosen. `watch` looks for events.
     """
     be, controller = run.be, run.controller
     norm = norm or run.norm or be.rms
@@ -140,9 +135,13 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         target = s.t1
         for stop in reversed(run.tstops):
             target = be.choose(s.direction * (stop - state.t) > 0.0, stop, target)
+        if watch is not None:
+            target = watch.target(state.t, target)
         remaining = target - state.t
         wanted = abs(state.h) if run.dtmax is None else be.least(abs(state.h), run.dtmax)
         last = wanted * (1.0 + 1e-9) >= abs(remaining)
+        if watch is not None:
+            last = last & no(state.watch.seeking)
         h = be.choose(last, remaining, s.direction * wanted)
         t_f, h_f = (state.t, h) if s.shift is None else _shifted(be, s, state.t, h, last & (target == s.t1), delta)
         u1, K = stepper.step(t_f, h_f, state.u, state.k)
@@ -150,8 +149,9 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
             tell(t)
-            return (State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio,
-                          state.accepted + 1, state.rejected, state.status), record, True)
+            new = State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio, state.accepted + 1, state.rejected,
+                        state.status)
+            return watched(state, new, record, True)
         ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)
         t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
@@ -164,17 +164,25 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         u, k_next = be.choose(keep, (u1, stepper.carry(K)), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
                     state.rejected + be.choose(keep, 0, 1), status)
+        return watched(state, new, record, keep)
+
+    def watched(state: State, new: State, record: Record, keep: Any) -> tuple[State, Record, Any]:
+        if watch is not None:
+            new, keep = watch.settle(state, new, record, keep)
         return new, record, keep
 
     def running(state: State) -> Any:
-        return (state.t != s.t1) & (state.status == int(RetCode.Success))
+        on = (state.t != s.t1) & (state.status == int(RetCode.Success))
+        return on if watch is None else on & no(state.watch.ended)
 
-    start = State(s.t0, h, u0, k0, controller.init(), 0.0, 0, 0, int(RetCode.Success))
+    start = State(s.t0, h, u0, k0, controller.init(), 0.0, 0, 0, int(RetCode.Success),
+                  None if watch is None else watch.start(s.t0, u0))
     end, result = be.iterate(advance, start, running, limit or run.max_steps, sink)
     if not controller.adaptive:
-        bad = be.choose(be.isfinite(be.rms(end.u)), int(RetCode.Success), int(RetCode.NonFinite))
-        end = end._replace(status=bad)
+        end = end._replace(status=be.choose(be.isfinite(be.rms(end.u)), end.status, int(RetCode.NonFinite)))
     short = (end.t != s.t1) & (end.status == int(RetCode.Success))
+    if watch is not None:
+        short = short & no(end.watch.ended)
     return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), result
 
 

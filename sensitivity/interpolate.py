@@ -64,9 +64,10 @@ def transpose(be: Any, tab: Tableau, time: bool) -> Callable[[Record, Any, Array
             return Contribution(u_bar, k_bar, 0.0), [0.0] * len(ts)
         v, d = w @ k, be.poly(slopes, x, u) @ k
         t_bar = [be.dot(ct[i, :], d[i, :]) for i in range(len(ts))]
-        h_bar = 0.0
+        h_bar = start_bar = 0.0
         for i, x_i in enumerate(x):
             h_bar = h_bar + be.dot(ct[i, :], v[i, :]) - x_i * t_bar[i]
-        return Contribution(u_bar, k_bar, h_bar), t_bar
+            start_bar = start_bar - t_bar[i]
+        return Contribution(u_bar, k_bar, h_bar, start_bar), t_bar
 
     return pull

@@ -25,11 +25,13 @@ class Record(NamedTuple):
 
 
 class Contribution(NamedTuple):
-    """Cotangents that outputs inside one step hand to that step: of its start state, of its stages, of its size."""
+    """Cotangents that outputs inside one step hand to that step: of its start state, of its stages, of its size, and
+    of its start time."""
 
     u: Array | None
     k: Array | None
     h: Scalar
+    t: Scalar = 0.0
 
 
 class Loops:
@@ -80,6 +82,14 @@ class Loops:
                 add(record)
         return state, None if sink is None else sink.result()
 
+    def when(self, pred: Any, then: Callable[[], Any], otherwise: Any) -> Any:
+        """`then()` if the scalar `pred` holds, else `otherwise`, a value of the same structure."""
+        return then() if pred else otherwise
+
+    def branch(self, i: Any, functions: Sequence[Callable], *operands: Any) -> Any:
+        """`functions[i](*operands)`; all have results of one structure."""
+        return functions[i](*operands)
+
     def replay(self, body: Callable, state: Any, log: Any, extra: Any = None) -> Any:
         """Fold `state = body(state, record, extra_n, last)` over a log, newest record first.
 
@@ -87,6 +97,55 @@ class Loops:
         """
         for n in reversed(range(len(log))):
             state = body(state, log[n], None if extra is None else extra[n], n == len(log) - 1)
+        return state
+
+    def newest(self, log: Any) -> Any:
+        """The position behind the newest record of a log, where `rewind` starts."""
+        return len(log)
+
+    def rewind(self, body: Callable, state: Any, log: Any, extra: Any, position: Any,
+               more: Callable[[Any, Scalar], Any]) -> tuple[Any, Any]:
+        """A part of `replay`: from `position` back while `more(state, start time of the record)`.
+
+        Returns the state and the position reached.
+        """
+        while position > 0 and more(state, log[position - 1].t):
+            position -= 1
+            out = None if extra is None else extra[position]
+            state = body(state, log[position], out, position == len(log) - 1)
+        return state, position
+
+    def ledger(self, example: Any, capacity: int) -> Any:
+        """An empty list of tuples like `example`, part of a loop's state; see `enter`."""
+        del example, capacity
+        return ()
+
+    def enter(self, ledger: Any, entry: Any) -> Any:
+        """The ledger with one more entry."""
+        return (*ledger, entry)
+
+    def entries(self, ledger: Any, like: Array) -> tuple[Any, Array, Any]:
+        """A ledger of `(t, u, index)` as columns: times, states `(K, n)`, indices."""
+        rows = [e[1] for e in ledger]
+        u = self.xp.stack(rows) if rows else self.xp.reshape(like, (1, -1))[:0, :]
+        return [e[0] for e in ledger], u, [e[2] for e in ledger]
+
+    def near(self, ts: Any, t: Scalar, distance: Scalar) -> Any:
+        """Whether a time lies close to one of several."""
+        return any(abs(s - t) <= distance for s in ts)
+
+    def indices(self, values: Any) -> Array:
+        """Small integers as an array for the user."""
+        return self.xp.asarray(values, dtype=self.xp.int32)
+
+    def unwind(self, body: Callable, state: Any, ledger: Any, extra: tuple[Any, Any]) -> Any:
+        """Fold `state = body(state, entry, (t_bar, u_bar), newest)` over a ledger, newest entry first.
+
+        `extra` holds the cotangents of the times `(K,)` and states `(K, n)` of `entries`.
+        """
+        t_bar, u_bar = extra
+        for i in reversed(range(len(ledger))):
+            state = body(state, ledger[i], (self.scalar(t_bar[i]), u_bar[i, :]), i == len(ledger) - 1)
         return state
 
     def follow(self, body: Callable, state: Any, log: Any) -> tuple[Any, Any]:
@@ -125,11 +184,11 @@ class Loops:
         out = []
         for n in range(len(log)):
             old = None if extra is None else extra[n]
-            u_n, k_n, h_n = u[n, :], k[n, :, :], 0.0
+            u_n, k_n, h_n, t_n = u[n, :], k[n, :, :], 0.0, 0.0
             if old is not None:
-                u_n, h_n = u_n + old.u, old.h
+                u_n, h_n, t_n = u_n + old.u, old.h, old.t
                 k_n = k_n if old.k is None else k_n + old.k
-            out.append(Contribution(u_n, k_n, h_n))
+            out.append(Contribution(u_n, k_n, h_n, t_n))
         return out
 
     def silent_end(self, extra: Any) -> int:

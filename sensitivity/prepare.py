@@ -9,6 +9,7 @@ from typing import Any
 from . import probe as first_call
 from .control import FixedStep, PIController
 from .errors import InputError, TimesError, ToleranceError, UnsupportedCombination
+from .events import watched
 from .integrate import Run
 from .methods import RungeKutta, Tsit5
 from .problems import ODEProblem
@@ -17,10 +18,13 @@ from .system import Field, Inputs, Layout, Partition, Products
 
 MAX_STEPS = 100_000
 MAX_RECORDED = 4096
+MAX_EVENTS = 1000
+MAX_RECORDED_EVENTS = 100
 
 
 def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: Any = None, dt: Any = None,
-            events: Any = None, max_steps: int | None = None, dtmin: float | None = None, dtmax: float | None = None,
+            events: Any = None, max_steps: int | None = None, max_events: int | None = None,
+            dtmin: float | None = None, dtmax: float | None = None,
             dense: bool = False, backend: str | None = None, device: Any = None, dtype: Any = None,
             progress: Any = False, controller: Any = None, norm: Any = None, tstops: Any = None,
             probe: str = "raise", wrt: tuple[str, ...] | None = None) -> tuple[Run, Inputs]:
@@ -42,9 +46,6 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     if prob.mass_matrix is not None:
         raise UnsupportedCombination(f"{method.name} cannot use a mass matrix", "explicit methods solve u' = f",
                                      "multiply f by the inverse of a nonsingular M")
-    if events is not None:
-        raise UnsupportedCombination("events are not available", "no method here looks for them",
-                                     "split the solve at known times with remake")
     _choice("probe", probe, ("raise", "warn", "off"))
 
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
@@ -67,17 +68,23 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), probe, wrt)
     f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
 
+    field, theta, seen = Field(f, u_layout, partition, len(captured)), (*theta, *captured), ()
+    if events is not None:
+        p = partition.join(be, theta[:partition.count], constants)
+        seen, theta, constants = watched(be, events, field, be.time(be.scalar(t0)), u_tree, p, theta, constants, u0,
+                                         (c0, c1))
     saves, times = _saves(be, saveat, c0, c1, u0)
     controller, dt = _controller(method, controller, dt, c0, c1)
     rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1)
     run = Run(
-        be=be, backend=be.name, field=Field(f, u_layout, partition), method=method, controller=controller, vjp=None,
+        be=be, backend=be.name, field=field, method=method, controller=controller, vjp=None,
         products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt,
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
-        max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress),
+        max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,
+        max_events=_count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0,
     )
-    return run, Inputs(u0, (*theta, *captured), t0, t1, times, constants, rtol, atol)
+    return run, Inputs(u0, theta, t0, t1, times, constants, rtol, atol)
 
 
 def _labelled(prob: ODEProblem, saveat: Any) -> list[tuple[str, Any]]:
@@ -221,10 +228,7 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
 def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: float | None,
             t1: float | None) -> tuple[int, int]:
     """Step limit, and how many accepted steps may be recorded where that must be known beforehand."""
-    whole = isinstance(max_steps, Integral) and not isinstance(max_steps, bool)
-    if max_steps is not None and not (whole and max_steps >= 1):
-        raise InputError(f"max_steps={max_steps!r} is not a positive integer", "it bounds the work before it starts",
-                         f"max_steps={MAX_STEPS}")
+    _count("max_steps", max_steps, MAX_STEPS)
     capacity = MAX_RECORDED if max_steps is None else int(max_steps)
     if not be.traced:
         capacity = MAX_STEPS if max_steps is None else int(max_steps)
@@ -236,6 +240,14 @@ def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: floa
             return max(limit, needed), needed
         return limit, min(capacity, needed)
     return limit, capacity
+
+
+def _count(name: str, value: Any, default: int) -> int:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= 1):
+        raise InputError(f"{name}={value!r} is not a positive integer", "it bounds the work before it starts",
+                         f"{name}={default}")
+    return default if value is None else int(value)
 
 
 def _positive(name: str, value: Any) -> float | None:

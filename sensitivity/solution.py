@@ -35,6 +35,31 @@ class Stats:
 
 
 @dataclass
+class Events:
+    """The events of one solve, in the order in which they happened.
+
+    Attributes
+    ----------
+    t : array `(K,)`
+        When; differentiable. Inside `jax.jit` padded with NaN up to `max_events`.
+    u : pytree of arrays
+        States just before, in the structure of `u0` with the event axis first; differentiable.
+    index : integer array `(K,)`
+        Which of `events=` it was; -1 in padding.
+    count : int
+        How many happened.
+    """
+
+    t: Any
+    u: Any
+    index: Any
+    count: Any
+
+    def __len__(self) -> int:
+        return int(self.count)
+
+
+@dataclass
 class Solution:
     """The solution of a problem.
 
@@ -51,8 +76,8 @@ class Solution:
         Accepted steps; with `saveat="steps"` the number of valid rows.
     prob, alg, sensealg
         What was solved and how; `sensealg.because` says why `auto` chose it.
-    events : None
-        No events so far.
+    events : Events or None
+        What happened on the way, if `events=` were given.
     """
 
     t: Any
@@ -68,7 +93,7 @@ class Solution:
 
     @property
     def success(self) -> Any:
-        return self.retcode == RetCode.Success
+        return (self.retcode == RetCode.Success) | (self.retcode == RetCode.Terminated)
 
     def __call__(self, t: Any) -> Any:
         """The state at time `t` (a number or a vector of times) from dense output.

@@ -12,7 +12,7 @@ from .errors import InputError, NumericalDerivativeWarning, SolveError
 from .integrate import RetCode, Run
 from .prepare import prepare
 from .probe import through_ad
-from .solution import Solution, Stats
+from .solution import Events, Solution, Stats
 from .system import Inputs
 from .vjp import FiniteDifferenceVJP
 
@@ -34,6 +34,10 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         Defaults 1e-6 and 1e-9 in float64, 1e-4 and 1e-6 in float32.
     dt : float
         The step with `FixedStep`, else the first step to try.
+    events : Event, PresetTimes or a list of them
+        What happens on the way; see `sol.events`. Rows of `sol.u` at times after a terminal event are NaN.
+    max_events : int
+        Limit on events, 1000; on JAX also the size of the record, 100.
     max_steps : int
         Limit on attempted steps, 100000; where steps are recorded on JAX also the size of the record, 4096.
     dtmin, dtmax, tstops, controller, norm
@@ -72,8 +76,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     return sol
 
 
-KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "dtmin", "dtmax", "dense", "backend", "device", "dtype",
-         "progress", "controller", "norm", "tstops", "probe")
+KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "max_events", "dtmin", "dtmax", "dense", "backend", "device",
+         "dtype", "progress", "controller", "norm", "tstops", "probe")
 FOREIGN = {"t_eval": "saveat", "ts": "saveat", "method": "alg", "args": "p (in the problem)", "adjoint": "sensealg",
            "dt0": "dt", "max_step": "dtmax", "stepsize_controller": "controller", "first_step": "dt",
            "abstol": "atol", "reltol": "rtol", "callback": "events", "dense_output": "dense"}
@@ -109,8 +113,17 @@ def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux
     stats = Stats(nfe=nfe, naccept=accepted, nreject=rejected)
     code = be.concrete(aux.status)
     retcode = aux.status if code is None else RetCode(int(code))
+    events = None
+    if run.events:
+        index, number, ended = aux.events
+        seen = layout.unravel(be, out.event_u)
+        events = Events(out.event_t, be.unflatten(layout.structure, seen), be.indices(index), count(be, number))
+        if code is None:
+            retcode = be.choose(ended & (aux.status == 0), int(RetCode.Terminated), aux.status)
+        elif ended and code == RetCode.Success:
+            retcode = RetCode.Terminated
     dense = DenseOutput(run, x, out, aux) if run.dense else None
-    return Solution(be.time_vector(times, x.u0), tree, stats, retcode, accepted, prob, run.method, algorithm, None,
+    return Solution(be.time_vector(times, x.u0), tree, stats, retcode, accepted, prob, run.method, algorithm, events,
                     dense)
 
 
@@ -152,6 +165,8 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
                         "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
         RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
                             "check f there (negative values under log or sqrt, division by zero)"),
+        RetCode.MaxEvents: (f"max_events={run.max_events} reached {where}", "events may accumulate at a point (Zeno)",
+                            "a terminal event before it, or max_events= larger"),
     }[code]
     if code == RetCode.NonFinite and (name := _not_finite(run.be, sol.prob)):
         what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (

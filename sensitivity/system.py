@@ -89,7 +89,7 @@ class Products:
 class Inputs(NamedTuple):
     """Everything arrays of one solve; the first five groups are differentiable.
 
-    `theta` holds the differentiable leaves of `p`, then what `f` closes over.
+    `theta` holds the differentiable leaves of `p`, then what `f` closes over, then what events need.
     """
 
     u0: Array
@@ -104,16 +104,20 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Field:
-    """`f` on flat vectors: `field.bind(be, theta, constants)` gives `rhs(t, u) -> du`."""
+    """`f` on flat vectors: `field.bind(be, theta, constants)` gives `rhs(t, u) -> du`.
+
+    `f` closes over `captured` arrays, which follow the parameters in `theta`.
+    """
 
     f: Callable[..., Any]
     u: Layout
     p: Partition
+    captured: int = 0
 
     def bind(self, be: Backend, theta: tuple[Array, ...],
              constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         k = self.p.count
-        p, captured, f = self.p.join(be, theta[:k], constants), theta[k:], self.f
+        p, captured, f = self.p.join(be, theta[:k], constants), theta[k:k + self.captured], self.f
         if len(self.u.shapes) == 1:
             (shape,) = self.u.shapes
             if self._bare(be):

@@ -214,11 +214,12 @@ class UserVJP(VJP):
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         be, prob, field = run.be, run.products, run.field
-        if field.p.count != len(x.theta):
+        if field.captured:
             raise UnsupportedCombination("UserVJP cannot reach what f closes over",
                                          "the problem's vjp covers u and p only", "pass these values through p")
-        p = field.p.join(be, x.theta, x.constants)
+        p = field.p.join(be, x.theta[:field.p.count], x.constants)
         in_time = FiniteDifferenceVJP().pullback(run, x, time=True, params=False) if time else None
+        own, rest = x.theta[:field.p.count], be.zeros(x.theta[field.p.count:])
 
         def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
             state = be.unflatten(field.u.structure, field.u.unravel(be, u))
@@ -229,15 +230,16 @@ class UserVJP(VJP):
                 theta_bar = tuple(v for v, r in zip(be.flatten(p_bar)[0], field.p.roles, strict=True) if r == "theta")
             else:
                 u_bar = ct @ prob.jac(t, state, p)
-                theta_bar = be.split(ct @ prob.paramjac(t, state, p), x.theta) if x.theta else ()
-            return u_bar, theta_bar if params else (), in_time(t, u, ct)[2] if in_time else 0.0
+                theta_bar = be.split(ct @ prob.paramjac(t, state, p), own) if own else ()
+            return u_bar, (*theta_bar, *rest) if params else (), in_time(t, u, ct)[2] if in_time else 0.0
 
         return pull
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         be, prob, field = run.be, run.products, run.field
         rhs = field.bind(be, x.theta, x.constants)
-        p = field.p.join(be, x.theta, x.constants)
+        own = field.p.count
+        p = field.p.join(be, x.theta[:own], x.constants)
         numeric = FiniteDifferenceVJP().pushforward(run, x, be.zeros(d_theta))
 
         def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
@@ -248,13 +250,13 @@ class UserVJP(VJP):
                 rows = []
                 for i in range(m):
                     d_state = be.unflatten(field.u.structure, field.u.unravel(be, du[i, :]))
-                    d_p = field.p.join(be, [v[i, ...] for v in d_theta], x.constants)
+                    d_p = field.p.join(be, [v[i, ...] for v in d_theta[:own]], x.constants)
                     rows.append(field.u.ravel(be, be.flatten(prob.jvp(t, state, p, d_state, d_p))[0]))
                 df = be.xp.stack(rows)
             elif prob.jac is not None:
                 df = du @ prob.jac(t, state, p).T
-                if d_theta:
-                    flat = be.xp.concat([be.xp.reshape(v, (m, -1)) for v in d_theta], axis=1)
+                if own:
+                    flat = be.xp.concat([be.xp.reshape(v, (m, -1)) for v in d_theta[:own]], axis=1)
                     df = df + flat @ prob.paramjac(t, state, p).T
             else:
                 df = _rows(be, self.pullback(run, x), t, u, du, d_theta)

@@ -24,7 +24,7 @@ BLOCK = 48
 
 def reverse(algorithm, run, residuals, ct, wanted):
     """`algorithm.reverse`, ahead where that pays and `f` allows it."""
-    plain = type(algorithm) is RecursiveCheckpointAdjoint and isinstance(run.method, RungeKutta)
+    plain = type(algorithm) is RecursiveCheckpointAdjoint and isinstance(run.method, RungeKutta) and not run.events
     if plain and type(run.vjp) is ReverseVJP:
         u0 = residuals.x.u0
         # A product with complex derivatives is linear over the reals only, so no matrix stands for it.

@@ -40,9 +40,9 @@ def flattened(x):
 def bare(run, x):
     """Inputs that autograd does not know, except what `f` closes over, which it has to."""
     live = run.field.f.live
-    own = x.theta[:len(x.theta) - len(live)]
+    known = {id(v) for v in live}
     plain = Inputs(*(v.detach() if isinstance(v, torch.Tensor) else v for v in x))
-    return plain._replace(theta=(*(v.detach() for v in own), *live))
+    return plain._replace(theta=tuple(v if id(v) in known else v.detach() for v in x.theta))
 
 
 def attach(be, algorithm, run, x):
@@ -223,8 +223,9 @@ def _same_captured(run, x):
     if not field.live:
         return
     be, layout, k = run.be, run.field.u, run.field.p.count
+    own = x.theta[k:k + field.captured]
     u = be.unflatten(layout.structure, layout.unravel(be, x.u0))
-    now = _autodiff.found(be, field, be.time(x.t0), u, run.field.p.join(be, x.theta[:k], x.constants), x.theta[k:])
+    now = _autodiff.found(be, field, be.time(x.t0), u, run.field.p.join(be, x.theta[:k], x.constants), own)
     if {id(v) for v in now} != {id(v) for v in field.live}:
         raise CapturedValueError("f closes over other tensors now than when it was solved",
                                  "their derivatives cannot be told apart", "pass these tensors through p")

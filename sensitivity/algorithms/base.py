@@ -13,21 +13,29 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Scalar
 from ..errors import UnsupportedCombination
+from ..events import EventFunctions
 from ..integrate import Run, Span, State, evaluations, integrate, span
 from ..stepper import Stepper
 from ..system import Inputs
+from ..watch import Watch
 
 
 class Outputs(NamedTuple):
-    """Differentiable results: states at the save times `(k, n)`; with dense output also start states and stages."""
+    """Differentiable results: states at the save times `(k, n)`; with dense output also start states and stages, with
+    events their times `(K,)` and the states just before them `(K, n)`."""
 
     u: Array
-    nodes: Array | None
-    stages: Array | None
+    nodes: Array | None = None
+    stages: Array | None = None
+    event_t: Array | None = None
+    event_u: Array | None = None
 
 
 class Aux(NamedTuple):
-    """Results without derivatives: times, counts, how and where the solve ended, dense mesh."""
+    """Results without derivatives: times, counts, how and where the solve ended, dense mesh.
+
+    `events` holds which events there were, how many, and whether one ended the solve.
+    """
 
     ts: Any
     t: Scalar
@@ -38,6 +46,7 @@ class Aux(NamedTuple):
     ratio: Scalar
     h: Scalar
     mesh: Any
+    events: Any = None
 
 
 class Cotangents(NamedTuple):
@@ -79,6 +88,7 @@ class SensitivityAlgorithm:
     because: tuple[str, ...] = field(default=(), compare=False, repr=False, kw_only=True)
 
     exact: ClassVar[bool] = False
+    events: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
     references: ClassVar[tuple[str, ...]] = ()
@@ -145,7 +155,10 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         sink = be.store(run.capacity)
     elif timed:
         sink = be.sampler(stepper.interpolate, ts, x.u0, s.direction, run.capacity, stepper.restage)
-    end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink,
+    watch = None
+    if run.events:
+        watch = Watch(be, stepper, EventFunctions(run, x), s.direction, s.t1, run.max_events)
+    end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, watch=watch,
                           limit=None if sink is None else run.capacity)
     log = kept
     if keep or run.dense or run.saves == "steps":
@@ -163,8 +176,13 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if run.dense:
         times, sizes, nodes, stages = be.stacked(kept)
         mesh = (times, sizes)
-    aux = Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, stepper, end), end.status, end.ratio, end.h, mesh)
-    return Outputs(u, nodes, stages), aux, Solved(x, log if keep or run.dense else None, end)
+    nfe, events, event_t, event_u = evaluations(run, stepper, end), None, None, None
+    if run.events:
+        times, event_u, index = be.entries(end.watch.entries, end.u)
+        event_t, nfe = be.time_vector(times, x.u0), nfe + stepper.fsal * end.watch.count
+        events = (index, end.watch.count, end.watch.ended)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events)
+    return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(x, log if keep or run.dense else None, end)
 
 
 def opened(run: Run, solved: Solved) -> tuple[Solved, Stepper]:

@@ -23,6 +23,7 @@ from ..integrate import Run, span
 from ..stepper import Adjoint, Tangent
 from ..system import Inputs
 from . import base
+from .jumps import sweep
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     memory: None = None
 
     exact: ClassVar[bool] = True
+    events: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016")
 
     def __post_init__(self) -> None:
@@ -64,7 +66,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
         (x, log, end), stepper = base.opened(run, residuals)
-        time, params = base.times_wanted(wanted), "theta" in wanted and bool(x.theta)
+        params = "theta" in wanted and bool(x.theta)
+        time = base.times_wanted(wanted) or bool(run.events)
         s = span(be, x.t0, x.t1)
         pull = run.vjp.pullback(run, x, time=time, params=params)
         lam, extra, ts_bar = 0.0 * x.u0, None, None
@@ -82,16 +85,19 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         def back(state: Adjoint, record: Record, out: Any, last: Any) -> Adjoint:
             return stepper.vjp(pull, record, out, last, time, state)
 
-        lam, kappa, theta, t0_bar, h_bar = be.replay(back, state, log, extra)
-        nvjp = end.accepted * (stepper.stages - stepper.fsal)
+        if run.events:
+            solved = residuals._replace(log=log)
+            end_state, t1_bar, nvjp, status = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
+        else:
+            end_state = be.replay(back, state, log, extra)
+            t1_bar, nvjp, status = end_state.h, end.accepted * (stepper.stages - stepper.fsal), end.status
+        lam, kappa, theta, t0_bar, h_bar = end_state
         if kappa is not None:
             u_bar, theta_bar, t_bar = pull(be.time(s.t0), x.u0, kappa)
             lam, theta, t0_bar = lam + u_bar, be.add(theta, theta_bar), t0_bar + t_bar
             nvjp = nvjp + 1 - be.silent_end(extra)
-        if ts_bar is not None and time:
-            t0_bar = t0_bar - be.total(ts_bar)
-        t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, h_bar) if time else (0.0, 0.0)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, end.status)
+        t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, status)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
         """Tangents through the frozen steps; their cost is one product per stage and direction."""
