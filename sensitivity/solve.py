@@ -76,8 +76,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     return sol
 
 
-KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "max_events", "dtmin", "dtmax", "dense", "backend", "device",
-         "dtype", "progress", "controller", "norm", "tstops", "probe")
+KNOWN = ("saveat", "rtol", "atol", "dt", "events", "max_steps", "max_events", "dtmin", "dtmax", "dense", "backend",
+         "device", "dtype", "progress", "controller", "norm", "tstops", "probe")
 FOREIGN = {"t_eval": "saveat", "ts": "saveat", "method": "alg", "args": "p (in the problem)", "adjoint": "sensealg",
            "dt0": "dt", "max_step": "dtmax", "stepsize_controller": "controller", "first_step": "dt",
            "abstol": "atol", "reltol": "rtol", "callback": "events", "dense_output": "dense"}

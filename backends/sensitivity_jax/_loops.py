@@ -15,6 +15,8 @@ from jax.extend.core import jaxpr_as_fun
 from sensitivity.backend import Contribution, Loops, Record
 
 from ._lanes import active, any_lane, select
+from ._ledger import LedgerLoops
+from ._typed import arrays, like
 
 STAGE_NUMBERS = 2**20
 STAGE_SLOTS = 512
@@ -92,25 +94,7 @@ class Sampler(NamedTuple):
         return self.be.sample(self.interpolate, OpenLog(log, self.stages), self.ts, self.u0, self.direction)
 
 
-def arrays(tree):
-    """Python numbers to strongly typed arrays, so that loop carries keep their types."""
-
-    def convert(x):
-        if isinstance(x, bool | int):
-            return jnp.array(x, jnp.int32)
-        if isinstance(x, float):
-            return jnp.array(x, jnp.result_type(float))
-        return lax.convert_element_type(x, x.dtype)
-
-    return jax.tree.map(convert, tree)
-
-
-def like(new, old):
-    """`new` with the dtypes of `old`."""
-    return jax.tree.map(lambda a, b: lax.convert_element_type(a, b.dtype), new, old)
-
-
-class JaxLoops(Loops):
+class JaxLoops(LedgerLoops, Loops):
     traced = True
 
     def choose(self, pred, a, b):
@@ -167,17 +151,21 @@ class JaxLoops(Loops):
 
         def back(carry):
             i, s = carry
-            i = i - 1
-            out = None
-            if isinstance(extra, Rows):
-                mask = extra.slot == i
-                out = Contribution(*(_masked(mask, rows) for rows in extra.rows))
-            elif extra is not None:
-                out = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), extra)
-            new = body(s, opened.record(i), out, i == log.newest)
-            return i, select(active(log.keep[i]), like(new, s), s)
+            return i - 1, self._folded(body, s, opened, extra, i - 1)
 
         return self._while(lambda c: c[0] > 0, back, (log.count, state))[1]
+
+    def _folded(self, body, state, opened, extra, i):
+        """The state after the record in slot `i`, if this lane kept it."""
+        log, _ = opened
+        out = None
+        if isinstance(extra, Rows):
+            mask = extra.slot == i
+            out = Contribution(*(_masked(mask, rows) for rows in extra.rows))
+        elif extra is not None:
+            out = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), extra)
+        new = body(state, opened.record(i), out, i == log.newest)
+        return select(active(log.keep[i]), like(arrays(new), state), state)
 
     def follow(self, body, state, log):
         opened, (log, _) = log, log

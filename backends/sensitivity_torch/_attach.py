@@ -26,6 +26,11 @@ class Call:
         k = self.constants
         return Inputs(u0, tuple(rest[k:]), t0, t1, saveat, tuple(rest[:k]), rtol, atol)
 
+    def outputs(self, given):
+        """The tensors of one `Outputs`, in its order, put where they belong."""
+        given, dense, events = iter(given), self.run.dense, bool(self.run.events)
+        return Outputs(*(next(given) if there else None for there in (True, dense, dense, events, events)))
+
     def slots(self, count):
         """Positions in the flat inputs, with their names, that derivatives are wanted of."""
         names = ["u0", "t0", "t1", "saveat", *[None] * (2 + self.constants)]
@@ -67,7 +72,7 @@ def attach(be, algorithm, run, x):
         wanted.add("theta")
     call = Call(algorithm, run, frozenset(wanted), len(x.constants))
     *out, summary = Solve.apply(call, *flat)
-    out = Outputs(*out) if len(out) == 3 else Outputs(out[0], None, None)
+    out = call.outputs(out)
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
 
 
@@ -199,7 +204,7 @@ class Reverse(_Once):
     def forward(call, count, *args):
         flat, ct = args[:count], args[count:]
         run = call.run
-        bar = reverse(call.algorithm, run, call.residuals, Outputs(*ct, *[None] * (3 - len(ct))), call.wanted)
+        bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted)
         if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
             raise SolveError(f"the reverse solve of {call.algorithm.name} failed: {RetCode(int(bar.status)).name}",
                              "the adjoint equation needs more steps than allowed",

@@ -187,12 +187,13 @@ def vjp(f, theta, time, params):
             t = t.detach().requires_grad_() if time else t
             out = rhs(t, u)
         if not out.requires_grad:
-            return torch.zeros_like(ct), tuple(zeros), 0.0
+            return torch.zeros_like(u, requires_grad=False), tuple(zeros), 0.0
         inputs = (u, *wanted, t) if time else (u, *wanted)
         u_bar, *bars = _run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
         t_bar = bars.pop() if time else None
         bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
-        return torch.zeros_like(ct) if u_bar is None else u_bar, bars, 0.0 if t_bar is None else t_bar.item()
+        u_bar = torch.zeros_like(u, requires_grad=False) if u_bar is None else u_bar
+        return u_bar, bars, 0.0 if t_bar is None else t_bar.item()
 
     return pull
 
