@@ -130,6 +130,20 @@ class Loops:
         u = self.xp.stack(rows) if rows else self.xp.reshape(like, (1, -1))[:0, :]
         return [e[0] for e in ledger], u, [e[2] for e in ledger]
 
+    def columns(self, ledger: Any, example: tuple[Array, ...]) -> tuple[Array, ...]:
+        """A ledger of tuples of arrays like `example`, stacked by column; zeros beyond what was entered."""
+        if not ledger:
+            return tuple(self.xp.reshape(x, (1, *x.shape))[:0, ...] for x in example)
+        return tuple(self.xp.stack(column) for column in zip(*ledger, strict=True))
+
+    def entry(self, ledger: Any, i: Any) -> Any:
+        """Entry `i` of a ledger."""
+        return ledger[i]
+
+    def moment(self, ledger: Any, i: Any) -> Scalar:
+        """The time of entry `i` of a ledger of events; infinite behind the last."""
+        return ledger[i].t if i < len(ledger) else math.inf
+
     def near(self, ts: Any, t: Scalar, distance: Scalar) -> Any:
         """Whether a time lies close to one of several."""
         return any(abs(s - t) <= distance for s in ts)

@@ -76,13 +76,14 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     saves, times = _saves(be, saveat, c0, c1, u0)
     controller, dt = _controller(method, controller, dt, c0, c1)
     rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
-    max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1)
+    max_events = _count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0
+    max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1, max_events)
     run = Run(
         be=be, backend=be.name, field=field, method=method, controller=controller, vjp=None,
         products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt,
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
         max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,
-        max_events=_count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0,
+        max_events=max_events,
     )
     return run, Inputs(u0, theta, t0, t1, times, constants, rtol, atol)
 
@@ -225,9 +226,12 @@ def _tolerances(be: Any, rtol: Any, atol: Any, dtype: Any, layout: Layout, u0: A
     return out[0], out[1]
 
 
-def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: float | None,
-            t1: float | None) -> tuple[int, int]:
-    """Step limit, and how many accepted steps may be recorded where that must be known beforehand."""
+def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: float | None, t1: float | None,
+            max_events: int) -> tuple[int, int]:
+    """Step limit, and how many accepted steps may be recorded where that must be known beforehand.
+
+    An event splits a fixed step in two.
+    """
     _count("max_steps", max_steps, MAX_STEPS)
     capacity = MAX_RECORDED if max_steps is None else int(max_steps)
     if not be.traced:
@@ -235,7 +239,7 @@ def _limits(be: Any, max_steps: Any, controller: Any, dt: float | None, t0: floa
     limit = MAX_STEPS if max_steps is None else int(max_steps)
     if not controller.adaptive and t0 is not None and t1 is not None:
         assert dt is not None
-        needed = max(1, math.ceil(abs(t1 - t0) / dt * (1 - 1e-9)))
+        needed = max(1, math.ceil(abs(t1 - t0) / dt * (1 - 1e-9))) + max_events
         if max_steps is None:
             return max(limit, needed), needed
         return limit, min(capacity, needed)

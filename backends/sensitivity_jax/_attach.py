@@ -43,7 +43,7 @@ class SolveMap(NamedTuple):
         residuals = jax.tree.unflatten(self.residual_tree, flat[: self.residuals])
         d = self._directions(flat[self.residuals :], residuals)
         du = self.algorithm.tangent(self.run, residuals, d)
-        return [x[0] for x in jax.tree.leaves(Outputs(du, None, None))]
+        return [x[0] for x in jax.tree.leaves(du if isinstance(du, Outputs) else Outputs(du))]
 
     def _directions(self, flat, residuals):
         rest = list(flat)

@@ -163,14 +163,17 @@ class Solve(torch.autograd.Function):
             raise UnsupportedCombination("dense=True has no forward-mode derivative", "", "saveat=[...]")
         d = [torch.zeros_like(flat[i]) if tangents[i] is None else tangents[i]
              for i, _ in ctx.call.slots(len(flat))]
-        (du,) = Tangent.apply(ctx.call, len(flat), *flat, *(v.unsqueeze(0) for v in d))
-        return du[0], None
+        moved = Tangent.apply(ctx.call, len(flat), *flat, *(v.unsqueeze(0) for v in d))
+        return *(v[0] for v in moved), None
 
     @staticmethod
     def vmap(info, in_dims, call, *flat):
         if call.run.dense or call.run.saves == "steps":
             raise UnsupportedCombination("dense=True and saveat='steps' cannot be used under vmap",
                                          "lanes take different numbers of steps", "saveat=[...]")
+        if call.run.events:
+            raise UnsupportedCombination("events cannot be used under vmap in PyTorch",
+                                         "lanes have different numbers of events", "a loop in place of vmap")
         call.lanes = [Call(call.algorithm, call.run, call.wanted, call.constants) for _ in range(info.batch_size)]
         return _loop(Solve, info.batch_size, in_dims[1:], [(lane,) for lane in call.lanes], flat)
 
@@ -237,7 +240,7 @@ def _same_captured(run, x):
 
 
 class Tangent(_Once):
-    """`call, count, *inputs, *directions of the inputs wanted (m, ...) -> states (m, k, n)`."""
+    """`call, count, *inputs, *directions of the inputs wanted (m, ...) -> tangents of the outputs (m, ...)`."""
 
     @staticmethod
     def forward(call, count, *args):
@@ -254,7 +257,8 @@ class Tangent(_Once):
         if not theta:
             theta = [v.new_zeros((u0.shape[0], *v.shape)) for v in x.theta]
         with _autodiff.silent(call.run.field.f.live):
-            return (call.algorithm.tangent(call.run, call.residuals, Tangents(u0, tuple(theta), **times)),)
+            moved = call.algorithm.tangent(call.run, call.residuals, Tangents(u0, tuple(theta), **times))
+        return tuple(v for v in moved if v is not None) if isinstance(moved, Outputs) else (moved,)
 
     @staticmethod
     def vmap(info, in_dims, call, count, *args):

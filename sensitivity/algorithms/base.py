@@ -159,7 +159,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if run.events:
         watch = Watch(be, stepper, EventFunctions(run, x), s.direction, s.t1, run.max_events)
     end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, watch=watch,
-                          limit=None if sink is None else run.capacity)
+                          limit=None if sink is None or run.events else run.capacity)
     log = kept
     if keep or run.dense or run.saves == "steps":
         kept = be.reopen(kept, stepper.restage)

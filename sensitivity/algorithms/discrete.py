@@ -17,12 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..backend import Array, Record
+from ..backend import Record
 from ..errors import UnsupportedCombination
 from ..integrate import Run, span
-from ..stepper import Adjoint, Tangent
+from ..stepper import Adjoint
 from ..system import Inputs
 from . import base
+from .frozen import frozen_tangent
 from .jumps import sweep
 
 
@@ -99,62 +100,6 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, status)
 
-    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
+    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Any:
         """Tangents through the frozen steps; their cost is one product per stage and direction."""
         return frozen_tangent(run, residuals, d)
-
-
-def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Array:
-    """Push directions through the accepted steps of a solve: `(m, k, n)` at its outputs."""
-    be, xp = run.be, run.be.xp
-    (x, log, end), stepper = base.opened(run, solved)
-    m, n = d.u0.shape
-    timed = run.saves not in (None, "steps")
-    moving = not (d.t0 is None and d.t1 is None and d.saveat is None)
-    zero = d.u0[:, 0] * 0.0
-    dt0, dt1 = (zero if d.t0 is None else d.t0), (zero if d.t1 is None else d.t1)
-    push = run.vjp.pushforward(run, x, d.theta)
-    s = span(be, x.t0, x.t1)
-    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0 if moving else None)[1] if stepper.fsal else None
-
-    def ahead(state: Tangent, record: Record, last: Any) -> tuple[Tangent, Record]:
-        dh = be.choose(last, dt1 - dt0, zero) if moving else None
-        new, dK = stepper.jvp(push, record, dt0 if moving else None, dh, state)
-        kept = Record(record.t, record.h, xp.reshape(state.u, (m * n,)), xp.reshape(dK, (stepper.stages, m * n)))
-        return new, kept
-
-    state, tangents = be.follow(ahead, Tangent(d.u0, slope0), log)
-    if run.saves is None:
-        return state.u[:, None, :]
-    if run.saves == "steps":
-        du = be.nodes(tangents, xp.reshape(state.u, (m * n,)), end.t)[0]
-        return xp.permute_dims(xp.reshape(du, (-1, m, n)), (1, 0, 2))
-    ts = base.save_times(run, x, s)
-    du0 = xp.reshape(d.u0, (m * n,))
-    du = be.sample(stepper.interpolate, tangents, ts, du0, s.direction)
-    du = xp.permute_dims(xp.reshape(du, (-1, m, n)), (1, 0, 2))
-    if moving and timed:
-        speed = be.sample(stepper.slope, log, ts, 0.0 * x.u0, s.direction)
-        ds = save_time_tangents(run, d, dt0, dt1) - dt0[:, None]
-        du = du + ds[:, :, None] * speed[None, :, :]
-        t_last = end.t - be.last_size(log)
-        values, slopes = stepper.interpolate, stepper.slope
-
-        def stretch(record: Record, ts: Any) -> Array:
-            """Change of the output per change of the last step's size."""
-            inside = be.choose(record.t == t_last, 1.0, 0.0)
-            theta = be.vector([(v - record.t) / record.h for v in ts], record.u)
-            change = (values(record, ts) - record.u[None, :]) / record.h - theta[:, None] * slopes(record, ts)
-            return inside * change
-
-        change = be.sample(stretch, log, ts, 0.0 * x.u0, s.direction)
-        du = du + (dt1 - dt0)[:, None, None] * change[None, :, :]
-    return du
-
-
-def save_time_tangents(run: Run, d: base.Tangents, dt0: Array, dt1: Array) -> Array:
-    """Directions of the save times, `(m, k)`."""
-    if isinstance(run.saves, int):
-        w = run.be.vector(base.fractions(run.saves), d.u0)
-        return dt0[:, None] * (1.0 - w)[None, :] + dt1[:, None] * w[None, :]
-    return 0.0 * dt0[:, None] if d.saveat is None else d.saveat

@@ -15,7 +15,7 @@ from ..backend import Array
 from ..integrate import Run, evaluations, integrate, span
 from ..system import Inputs
 from . import base
-from .discrete import save_time_tangents
+from .frozen import save_time_tangents
 
 
 class Columns(NamedTuple):

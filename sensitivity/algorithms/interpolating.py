@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..integrate import Run, evaluations, integrate, span
 from ..system import Inputs
 from . import base
-from .discrete import frozen_tangent
+from .frozen import frozen_tangent
 
 
 @dataclass(frozen=True)
