@@ -28,9 +28,9 @@ from .errors import (
 )
 from .events import Event, PresetTimes
 from .gradient import gradient
-from .integrate import RetCode
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
 from .problems import ODEProblem
+from .retcode import RetCode
 from .solution import Gradient, Solution, Stats
 from .solve import solve
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP

@@ -106,9 +106,9 @@ class Watched:
 
 def watched(be: Any, events: Any, field: Field, t: Any, u: Any, p: Any, theta: tuple[Array, ...],
             constants: tuple[Array, ...], like: Array, span: tuple[float | None, float | None],
-            ) -> tuple[tuple[Watched, ...], tuple[Array, ...], tuple[Array, ...]]:
-    """The events of a run, with `theta` and `constants` extended by what they need."""
-    out = []
+            ) -> tuple[tuple[Watched, ...], tuple[Array, ...], tuple[Array, ...], bool]:
+    """The events of a run, with `theta` and `constants` extended by what they need, and whether parameters change."""
+    out, changes = [], False
     for i, event in enumerate(list(events) if isinstance(events, list | tuple) else [events]):
         if not isinstance(event, Event | PresetTimes):
             raise InputError(f"events[{i}] is {type(event).__name__}, not an event",
@@ -128,12 +128,12 @@ def watched(be: Any, events: Any, field: Field, t: Any, u: Any, p: Any, theta: t
         else:
             place, number, theta, constants = _placed(be, i, event.times, theta, constants, like, span)
         if event.affect is not None:
-            _check_affect(be, i, event.affect, field.u, t, u, p)
+            changes |= _check_affect(be, i, event.affect, field, t, u, p)
             affect, theta = _hoisted(be, f"events[{i}].affect", event.affect, t, u, p, theta)
         terminal, direction = (event.terminal, event.direction) if isinstance(event, Event) else (False, 0)
         out.append(Watched(condition, affect, bool(terminal), direction, times, place, number))
     _distinct(be, out, theta, constants)
-    return tuple(out), theta, constants
+    return tuple(out), theta, constants, changes
 
 
 def _hoisted(be: Any, name: str, function: Callable, t: Any, u: Any, p: Any,
@@ -145,13 +145,20 @@ def _hoisted(be: Any, name: str, function: Callable, t: Any, u: Any, p: Any,
     return (g, len(theta), len(theta) + len(captured)), (*theta, *captured)
 
 
-def _check_affect(be: Any, i: int, affect: Callable, layout: Layout, t: Any, u: Any, p: Any) -> None:
+def _check_affect(be: Any, i: int, affect: Callable, field: Field, t: Any, u: Any, p: Any) -> bool:
+    """Whether an affect changes parameters; what it returns must look like `u`, or `(u, p)`."""
     out = be.evaluate(affect, t, u, p)
-    leaves = be.flatten(out[0] if changes_parameters(out, u) else out)[0]
-    shapes = tuple(tuple(getattr(v, "shape", ())) for v in leaves)
-    if shapes != layout.shapes:
-        raise OutputError(f"events[{i}].affect returned shapes {list(shapes)}, u0 has {list(layout.shapes)}",
-                          "it returns the state after the event", "return u, or (u, p)")
+    changes = changes_parameters(out, u)
+    parts = (("u0", out[0], u), ("p", out[1], p)) if changes else (("u0", out, u),)
+    for name, given, expected in parts:
+        found, wanted = ([tuple(getattr(v, "shape", ())) for v in be.flatten(x)[0]] for x in (given, expected))
+        if found != wanted:
+            raise OutputError(f"events[{i}].affect returned shapes {found}, {name} has {wanted}",
+                              "it returns the state after the event", "return u, or (u, p)")
+    if changes and not field.p.count:
+        raise InputError(f"events[{i}].affect returns (u, p), but p holds no floating-point arrays",
+                         "there is nothing to change", "return u")
+    return changes
 
 
 def changes_parameters(out: Any, u: Any) -> bool:
@@ -288,8 +295,12 @@ class EventFunctions:
     def after(self, i: Any, t: Scalar, u: Array) -> Array:
         """The state after event `i`."""
         be = self.run.be
-        options = [(lambda t, u: u) if r is None else (lambda t, u, r=r: r(be.time(t), u)) for r in self._r]
-        return be.branch(i, options, t, u)
+        options = [_same if r is None else r for r in self._r]
+        return be.branch(i, options, be.time(t), u)
+
+
+def _same(t: Any, u: Array) -> Array:
+    return u
 
 
 def product_run(run: Any, field: EventField) -> Any:

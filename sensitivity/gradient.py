@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from .algorithms.base import Aux, Cotangents, Outputs, fractions
+from .algorithms.carried import carrying
 from .choose import auto, choose
-from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
-from .integrate import RetCode, Run
+from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
+from .integrate import Run
 from .probe import through_ad
+from .retcode import RetCode
 from .solution import Gradient
-from .solve import build, checked, count, finished, prepare_options, warn_numerical
+from .solve import build, checked, count, finished, prepare_options, reverse_failure, warn_numerical
 from .system import Inputs
 from .vjp import sizes
 
@@ -80,15 +82,14 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
               on_failure: str) -> Gradient:
     """Forward, loss, reverse: one after the other."""
     be = run.be
-    out, aux, residuals = be.run(algorithm, "forward", run, (x,), wanted)
+    worker = carrying(algorithm, run)
+    out, aux, residuals = be.run(worker, "forward", run, (x,), wanted)
     sol, out = finished(prob, run, x, algorithm, out, aux, on_failure)
     value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol, wanted)
-    bar: Cotangents = be.run(algorithm, "reverse", run, (residuals, ct), wanted)
+    bar: Cotangents = be.run(worker, "reverse", run, (residuals, ct), wanted)
     status = be.concrete(bar.status)
     if status is not None and status != RetCode.Success and on_failure == "raise" and sol.success:
-        raise SolveError(f"the reverse solve of {algorithm.name} failed: {RetCode(int(status)).name}",
-                         "the adjoint equation needs more steps than allowed",
-                         "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(status)), None, sol)
+        raise reverse_failure(algorithm, RetCode(int(status)), sol)
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
     parts: dict[str, Any] = {"u0": (bar.u0,), "theta": bar.theta}
     parts |= {n: (be.time_vector(getattr(bar, n), x.u0),) for n in wanted - parts.keys()}

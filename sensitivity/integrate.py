@@ -19,7 +19,7 @@ class Run:
     """What is fixed for one solve and known before it starts; hashable, so that compiled solves can be reused.
 
     `saves` is None (the end), an int (equally spaced), "steps", or "ts" (times given in the inputs). `kind` holds
-    what only one kind of problem has; None for an ODE.
+    what only one kind of problem has; None for an ODE. `carried` are the shapes of parameters that events change.
     """
 
     be: Any = field(compare=False)
@@ -43,6 +43,7 @@ class Run:
     kind: Any = None
     events: tuple[Any, ...] = ()
     max_events: int = 0
+    carried: tuple[tuple[int, ...], ...] = ()
 
     @property
     def inside(self) -> bool:

@@ -51,6 +51,10 @@ class Loops:
         """Where an array lives."""
         raise NotImplementedError
 
+    def scalar(self, x: Any) -> Scalar:
+        """A number as the loops use it."""
+        raise NotImplementedError
+
     def is_array(self, x: Any) -> bool:
         """Whether `x` is an array of this framework."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from typing import Any
 from . import probe as first_call
 from .control import FixedStep, PIController
 from .errors import InputError, TimesError, ToleranceError, UnsupportedCombination
-from .events import watched
+from .events import Watched, watched
 from .integrate import Run
 from .methods import RungeKutta, Tsit5
 from .problems import ODEProblem
@@ -68,11 +68,13 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), probe, wrt)
     f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
 
-    field, theta, seen = Field(f, u_layout, partition, len(captured)), (*theta, *captured), ()
+    field, theta = Field(f, u_layout, partition, len(captured)), (*theta, *captured)
+    seen: tuple[Watched, ...] = ()
+    changes = False
     if events is not None:
         p = partition.join(be, theta[:partition.count], constants)
-        seen, theta, constants = watched(be, events, field, be.time(be.scalar(t0)), u_tree, p, theta, constants, u0,
-                                         (c0, c1))
+        seen, theta, constants, changes = watched(be, events, field, be.time(be.scalar(t0)), u_tree, p, theta,
+                                                  constants, u0, (c0, c1))
     saves, times = _saves(be, saveat, c0, c1, u0)
     controller, dt = _controller(method, controller, dt, c0, c1)
     rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
@@ -83,7 +85,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt,
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
         max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,
-        max_events=max_events,
+        max_events=max_events, carried=tuple(tuple(v.shape) for v in theta[:partition.count]) if changes else (),
     )
     return run, Inputs(u0, theta, t0, t1, times, constants, rtol, atol)
 

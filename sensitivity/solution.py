@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import InputError
-from .integrate import RetCode
+from .retcode import RetCode
 
 __all__ = ["Gradient", "RetCode", "Solution", "Stats"]
 

@@ -6,12 +6,14 @@ import warnings
 from typing import Any
 
 from .algorithms.base import Aux, Outputs, SensitivityAlgorithm
+from .algorithms.carried import carrying
 from .choose import auto, choose
 from .dense import DenseOutput, LaterOutput
 from .errors import InputError, NumericalDerivativeWarning, SolveError
-from .integrate import RetCode, Run
+from .integrate import Run
 from .prepare import prepare
 from .probe import through_ad
+from .retcode import RetCode
 from .solution import Events, Solution, Stats
 from .system import Inputs
 from .vjp import FiniteDifferenceVJP
@@ -68,7 +70,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches)
-    out, aux = run.be.attach(algorithm, run, x)
+    out, aux = run.be.attach(carrying(algorithm, run), run, x)
     sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
     if sol.dense is None:
         later = sensealg if algorithm.exact else auto
@@ -116,8 +118,10 @@ def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux
     events = None
     if run.events:
         index, number, ended = aux.events
-        seen = layout.unravel(be, out.event_u)
-        events = Events(out.event_t, be.unflatten(layout.structure, seen), be.indices(index), count(be, number))
+        number = count(be, number)
+        columns: list[Any] = [out.event_t, out.event_u, be.indices(index)]
+        t, seen, index = (v[:number] if isinstance(number, int) else v for v in columns)
+        events = Events(t, be.unflatten(layout.structure, layout.unravel(be, seen)), index, number)
         if code is None:
             retcode = be.choose(ended & (aux.status == 0), int(RetCode.Terminated), aux.status)
         elif ended and code == RetCode.Success:
@@ -165,6 +169,9 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
                         "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
         RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
                             "check f there (negative values under log or sqrt, division by zero)"),
+        RetCode.SimultaneousEvents: (f"two events happen at one time {where}",
+                                     "which comes first would decide the result",
+                                     "merge them into one event, or move one"),
         RetCode.MaxEvents: (f"max_events={run.max_events} reached {where}", "events may accumulate at a point (Zeno)",
                             "a terminal event before it, or max_events= larger"),
     }[code]
@@ -172,6 +179,23 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
         what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (
             f"look for the first NaN or infinity in {name}")
     return SolveError(what, why, fix, code, t, sol)
+
+
+def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:
+    """The error that says why there is no gradient."""
+    name = f"{algorithm.name} has no gradient to give: "
+    what, why, fix = {
+        RetCode.GrazingEvent: (name + "a condition only grazes zero", "the event's time has no derivative there",
+                               "a condition that crosses zero at an angle, or other parameters"),
+        RetCode.SimultaneousEvents: (name + "two events happen at one time", "their order decides, so that the limits "
+                                     "from the two sides differ", "merge them into one event, or move one"),
+        RetCode.EventAtSaveTime: (name + "an output lies exactly on an event",
+                                  "it would be the state before or behind the event after the smallest change",
+                                  "read sol.events.u, or save a little earlier or later"),
+    }.get(code, (f"the reverse solve of {algorithm.name} failed: {code.name}",
+                 "the adjoint equation needs more steps than allowed",
+                 "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger"))
+    return SolveError(what, why, fix, code, None, sol)
 
 
 def _not_finite(be: Any, prob: Any) -> str | None:

@@ -15,7 +15,7 @@ from .backend import Array, Record, Scalar
 from .events import EventFunctions
 from .retcode import RetCode
 
-SAMPLES = (1.0 / 64.0, 0.25, 0.5, 0.75, 1.0)
+SAMPLES = (2.0**-14, 1.0 / 64.0, 0.25, 0.5, 0.75, 1.0)
 CHORD = 1e-3
 BISECTIONS = 36
 
@@ -52,7 +52,8 @@ class Watch:
     """
 
     def __init__(self, be: Any, stepper: Any, functions: EventFunctions, direction: Scalar, t1: Scalar,
-                 limit: int) -> None:
+                 limit: int, adaptive: bool) -> None:
+        self.adaptive = adaptive
         self.be, self.stepper, self.functions = be, stepper, functions
         self.direction, self.limit = direction, limit
         self.events = functions.events
@@ -84,7 +85,9 @@ class Watch:
             happened, again = keep & w.seeking & found, keep & (w.seeking ^ found)
             which = after.which
             back = old._replace(h=self.direction * trial, rejected=old.rejected + 1, watch=after._replace(seeking=True))
-            resumed = new._replace(h=be.choose(happened, self.direction * w.resume, new.h))
+            # Events may accumulate, so that the next one is no further away than this one was.
+            resume = be.least(w.resume, 4.0 * length) if self.adaptive else w.resume
+            resumed = new._replace(h=be.choose(happened, self.direction * resume, new.h))
             new = be.choose(again, back, resumed._replace(watch=after._replace(seeking=False)))
         else:
             new = new._replace(watch=w)
@@ -163,6 +166,9 @@ class Watch:
         be, w = self.be, new.watch
         entries = be.enter(w.entries, Happened(new.t, new.u, which))
         u = self.functions.after(which, new.t, new.u)
+        values, twice = self.functions.values(new.t, new.u), False
+        for k, i in enumerate(self.watched):
+            twice = twice | (state_event & (which != i) & self._crossed(w.side, values, only=k))
         side = list(self._sides(self.functions.values(new.t, u)))
         for k, i in enumerate(self.watched):
             side[k] = be.choose(state_event & (which == i), 0.0, side[k])
@@ -171,6 +177,7 @@ class Watch:
             if event.terminal:
                 ended = ended | (which == i)
         status = be.choose(w.count + 1 >= self.limit, int(RetCode.MaxEvents), new.status)
+        status = be.choose(twice, int(RetCode.SimultaneousEvents), status)
         k_next = self.stepper.first(be.time(new.t), u)
         return new._replace(u=u, k=k_next, status=be.choose(ended, new.status, status),
                             watch=w._replace(side=tuple(side), entries=entries, count=w.count + 1, ended=ended))

@@ -69,6 +69,20 @@ def numpy_lab():
     return Lab("numpy")
 
 
+@pytest.fixture(scope="session")
+def torch_lab():
+    if not available("torch"):
+        pytest.skip("the torch backend is not there")
+    return Lab("torch")
+
+
+@pytest.fixture(scope="session")
+def jax_lab():
+    if not available("jax"):
+        pytest.skip("the jax backend is not there")
+    return Lab("jax")
+
+
 # Compiling is what takes the time on JAX; one case of each kind stays among the quick tests.
 SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "ForwardSensitivity", "test_loss_of",
                "test_dense_output_by_both", "test_every_product")

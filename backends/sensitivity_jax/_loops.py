@@ -270,7 +270,8 @@ class JaxLoops(LedgerLoops, Loops):
         index = jnp.arange(log.keep.shape[0])
         used = jnp.where((index < n - 1)[:, None], ct, 0.0)
         starts = jnp.zeros_like(ct).at[order].set(jnp.roll(used, 1, axis=0))
-        return Contribution(starts, None, jnp.zeros(ct.shape[0], log.records.h.dtype)), ct[jnp.maximum(n - 1, 0)]
+        none = jnp.zeros(ct.shape[0], log.records.h.dtype)
+        return Contribution(starts, None, none, none), ct[jnp.maximum(n - 1, 0)]
 
     def stacked(self, log):
         opened, (log, _) = log, log
@@ -290,11 +291,12 @@ class JaxLoops(LedgerLoops, Loops):
         used = jnp.arange(capacity) < jnp.sum(log.keep)
         put = lambda x: jnp.zeros_like(x).at[order].set(  # noqa: E731
             jnp.where(jnp.reshape(used, (-1,) + (1,) * (x.ndim - 1)), x, 0.0))
-        out = Contribution(put(u), put(k), jnp.zeros(capacity, log.records.h.dtype))
+        none = jnp.zeros(capacity, log.records.h.dtype)
+        out = Contribution(put(u), put(k), none, none)
         if extra is None:
             return out
         old = _scattered(extra, capacity) if isinstance(extra, Rows) else extra
-        return Contribution(old.u + out.u, out.k if old.k is None else old.k + out.k, old.h)
+        return Contribution(old.u + out.u, out.k if old.k is None else old.k + out.k, old.h, old.t)
 
     def silent_end(self, extra):
         return 0

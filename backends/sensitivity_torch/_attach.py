@@ -7,8 +7,9 @@ control reads numbers, and `vmap` is a loop over lanes. What belongs to one solv
 import torch
 
 from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
-from sensitivity.errors import CapturedValueError, SolveError, UnsupportedCombination
-from sensitivity.integrate import RetCode
+from sensitivity.errors import CapturedValueError, UnsupportedCombination
+from sensitivity.retcode import RetCode
+from sensitivity.solve import reverse_failure
 from sensitivity.system import Inputs
 
 from . import _autodiff, _levels
@@ -209,9 +210,7 @@ class Reverse(_Once):
         run = call.run
         bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted)
         if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
-            raise SolveError(f"the reverse solve of {call.algorithm.name} failed: {RetCode(int(bar.status)).name}",
-                             "the adjoint equation needs more steps than allowed",
-                             "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger", RetCode(int(bar.status)))
+            raise reverse_failure(call.algorithm, RetCode(int(bar.status)))
         theta = iter(bar.theta)
         out = []
         for i, name in call.slots(count):
@@ -231,7 +230,7 @@ def _same_captured(run, x):
     if not field.live:
         return
     be, layout, k = run.be, run.field.u, run.field.p.count
-    own = x.theta[k:k + field.captured]
+    own = x.theta[k:k + run.field.captured]
     u = be.unflatten(layout.structure, layout.unravel(be, x.u0))
     now = _autodiff.found(be, field, be.time(x.t0), u, run.field.p.join(be, x.theta[:k], x.constants), own)
     if {id(v) for v in now} != {id(v) for v in field.live}:

@@ -36,7 +36,7 @@ class Task:
         self.algorithm, self.run, self.x = algorithm, replace(run, be=registry().backend("numpy")), x
         self.names = ["u0", *(("theta", i) for i in range(len(x.theta))), "t0", "t1"]
         self.names += ["saveat"] if run.saves == "ts" else []
-        self.aux = self.residuals = None
+        self.aux = self.residuals = self.shapes = None
 
     def arrays(self):
         return tuple(self.x.theta[n[1]] if isinstance(n, tuple) else getattr(self.x, n) for n in self.names)
@@ -49,7 +49,17 @@ class Task:
             x = x._replace(saveat=np.asarray(arrays[k + 3]))
         every = frozenset({"u0", "theta", "t0", "t1", "saveat"})
         out, self.aux, self.residuals = self.algorithm.forward(self.run, x, every)
-        return out.u
+        self.shapes = [None if v is None else v.shape for v in out]
+        return np.concatenate([np.ravel(v) for v in out if v is not None])
+
+    def outputs(self, flat, reshape):
+        """What `forward` returned, in its parts."""
+        parts, start = [], 0
+        for shape in self.shapes:
+            stop = start + (0 if shape is None else int(np.prod(shape)))
+            parts.append(None if shape is None else reshape(flat[start:stop], shape))
+            start = stop
+        return Outputs(*parts)
 
     def reverse(self, residuals, ct, argnums, twice):
         if twice or isinstance(ct, Box):
@@ -57,7 +67,7 @@ class Task:
                                          "sensealg=DirectAdjoint()")
         asked = [self.names[i - 1] for i in argnums]
         wanted = frozenset("theta" if isinstance(n, tuple) else n for n in asked)
-        bar = self.algorithm.reverse(self.run, residuals, Outputs(np.asarray(ct), None, None), wanted)
+        bar = self.algorithm.reverse(self.run, residuals, self.outputs(np.asarray(ct), np.reshape), wanted)
         return tuple(bar.theta[n[1]] if isinstance(n, tuple) else np.asarray(getattr(bar, n)) for n in asked)
 
 
@@ -95,8 +105,8 @@ class AutogradBackend(BoxBackend):
             raise UnsupportedCombination("dense=True has no derivatives under autograd", "", "saveat=[...]")
         plain = x._replace(constants=tuple(value(v) for v in x.constants), rtol=value(x.rtol), atol=value(x.atol))
         task = Task(algorithm, run, plain)
-        u = _solve(task, *task.arrays())
-        return Outputs(u, None, None), task.aux
+        flat = _solve(task, *task.arrays())
+        return task.outputs(flat, anp.reshape), task.aux
 
     def differentiable(self):
         return self

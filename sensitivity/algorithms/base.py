@@ -157,7 +157,8 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         sink = be.sampler(stepper.interpolate, ts, x.u0, s.direction, run.capacity, stepper.restage)
     watch = None
     if run.events:
-        watch = Watch(be, stepper, EventFunctions(run, x), s.direction, s.t1, run.max_events)
+        watch = Watch(be, stepper, EventFunctions(run, x), s.direction, s.t1, run.max_events,
+                      run.controller.adaptive)
     end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, watch=watch,
                           limit=None if sink is None or run.events else run.capacity)
     log = kept

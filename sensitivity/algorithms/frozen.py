@@ -36,7 +36,7 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     m, n = d.u0.shape
     timed = run.saves not in (None, "steps")
     moving = bool(run.events) or not (d.t0 is None and d.t1 is None and d.saveat is None)
-    zero = d.u0[:, 0] * 0.0
+    zero: Array = d.u0[:, 0] * 0.0
     dt0, dt1 = (zero if d.t0 is None else d.t0), (zero if d.t1 is None else d.t1)
     push = run.vjp.pushforward(run, x, d.theta)
     s = span(be, x.t0, x.t1)
@@ -126,7 +126,8 @@ class Jumps:
         event = be.entry(entries, behind)
         t, xp = be.time(event.t), be.xp
         m, n = node.u.shape
-        none = 0.0 * dt
+        assert dt is not None
+        none: Array = 0.0 * dt
         new, dK = stepper.jvp(self.push, record, dt, none, node)
         still = Tangent(0.0 * node.u[:1, :], None if node.k is None else 0.0 * node.k[:1, :])
         slope, slopes = stepper.jvp(self.alone, record, none[:1], none[:1] + 1.0, still)

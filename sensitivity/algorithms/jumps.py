@@ -28,7 +28,7 @@ from ..trust import trusted
 from ..watch import no
 from . import base
 
-GRAZING = 1e-8
+GRAZING = 1e-6
 APART = 1e-10
 
 
@@ -123,7 +123,7 @@ class _Jump:
             if sought:
                 b = stepper.vjp(pull, record, None, True, True, Adjoint(c_u, none, be.zeros(theta), 0.0, 0.0))
                 made += stepper.stages - stepper.fsal - int(silent)
-            return a, b, be.rms(record.k[-1, :]), made, True
+            return a, b, be.scalar(be.xp.max(be.xp.abs(record.k))), made, True
 
         blank = Adjoint(0.0 * lam, none, zeros, 0.0, 0.0)
         (a, b, speed, made, _), position = be.rewind(

@@ -11,10 +11,10 @@ from ..algorithms.base import SensitivityAlgorithm, Tangents
 from ..algorithms.discrete import RecursiveCheckpointAdjoint
 from ..control import FixedStep
 from ..errors import SolveError, UnsupportedCombination
-from ..integrate import RetCode
 from ..methods import Dopri8, Tsit5
 from ..prepare import prepare
 from ..problems import ODEProblem
+from ..retcode import RetCode
 from ..solve import solve
 from .harness import Harness, require
 
