@@ -176,7 +176,7 @@ class Watch:
         for i, event in enumerate(self.events):
             if event.terminal:
                 ended = ended | (which == i)
-        status = be.choose(w.count + 1 >= self.limit, int(RetCode.MaxEvents), new.status)
+        status = be.choose(w.count >= self.limit, int(RetCode.MaxEvents), new.status)
         status = be.choose(twice, int(RetCode.SimultaneousEvents), status)
         k_next = self.stepper.first(be.time(new.t), u)
         return new._replace(u=u, k=k_next, status=be.choose(ended, new.status, status),
