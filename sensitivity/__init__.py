@@ -7,6 +7,7 @@ from .algorithms.forward import ForwardSensitivity
 from .algorithms.interpolating import InterpolatingAdjoint
 from .choose import auto
 from .control import FixedStep, PIController
+from .costs import ContinuousCost, DiscreteCost
 from .errors import (
     BackendMissingError,
     BrokenGradientError,
@@ -27,7 +28,7 @@ from .errors import (
     UnsupportedCombination,
 )
 from .events import Event, PresetTimes
-from .gradient import gradient
+from .gradient import adjoint_sensitivities, gradient
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
 from .problems import ODEProblem
 from .retcode import RetCode
@@ -45,7 +46,9 @@ __all__ = [
     "BrokenGradientError",
     "CapturedValueError",
     "ComplexStepVJP",
+    "ContinuousCost",
     "DirectAdjoint",
+    "DiscreteCost",
     "Dopri5",
     "Dopri8",
     "Euler",
@@ -85,6 +88,7 @@ __all__ = [
     "UnsupportedCombination",
     "UserVJP",
     "__version__",
+    "adjoint_sensitivities",
     "auto",
     "gradient",
     "solve",
