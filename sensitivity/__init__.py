@@ -4,6 +4,7 @@ from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
+from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.interpolating import InterpolatingAdjoint
 from .choose import auto
 from .control import FixedStep, PIController
@@ -32,6 +33,7 @@ from .gradient import adjoint_sensitivities, gradient
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
 from .problems import ODEProblem
 from .retcode import RetCode
+from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
@@ -55,6 +57,7 @@ __all__ = [
     "Event",
     "FiniteDifferenceVJP",
     "FixedStep",
+    "ForwardADSensitivity",
     "ForwardSensitivity",
     "ForwardVJP",
     "Gradient",
@@ -90,6 +93,7 @@ __all__ = [
     "__version__",
     "adjoint_sensitivities",
     "auto",
+    "forward_sensitivities",
     "gradient",
     "solve",
 ]

@@ -13,8 +13,8 @@ import pytest
 import sensitivity as sa
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
-ALGORITHMS = [sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(), sa.ForwardSensitivity(), sa.DirectAdjoint()]
-EXACT = ALGORITHMS[0]
+ALGORITHMS = [sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(), sa.ForwardSensitivity(),
+              sa.ForwardADSensitivity(), sa.DirectAdjoint()]
 GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "gold.json").read_text())["problems"]}
 INTEGRAL = GOLD["ode_integral_cost"]
 K, U0 = (float(INTEGRAL["params"][n]) for n in ("k", "u0"))
@@ -75,7 +75,7 @@ def test_dloss_beside_a_running_cost(lab):
 
 
 @pytest.mark.parametrize("products", ["vjp", "vjp and jvp", "jac"])
-@pytest.mark.parametrize("sensealg", ALGORITHMS[:3], ids=lambda s: s.name)
+@pytest.mark.parametrize("sensealg", ALGORITHMS[:4], ids=lambda s: s.name)
 def test_without_any_ad(sensealg, products):
     """Everything by the user's derivatives: no warning of differences, and `math` keeps AD out."""
     import math

@@ -77,10 +77,10 @@ def attach(be, algorithm, run, x):
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
 
 
-def forward(algorithm, run, x, wanted):
-    """`algorithm.forward` on plain tensors."""
+def task(algorithm, name, run, x, *args):
+    """`algorithm.<name>(run, x, *args)` on plain tensors."""
     with _autodiff.silent(run.field.f.live):
-        return algorithm.forward(run, bare(run, x), wanted)
+        return getattr(algorithm, name)(run, bare(run, x), *args)
 
 
 def reverse(algorithm, run, residuals, ct, wanted):
@@ -125,7 +125,7 @@ class Solve(torch.autograd.Function):
     def forward(call, *flat):
         x = call.inputs(flat)
         if call.wanted:
-            out, call.aux, call.residuals = forward(call.algorithm, call.run, x, call.wanted)
+            out, call.aux, call.residuals = task(call.algorithm, "forward", call.run, x, call.wanted)
         else:
             out, call.aux = call.algorithm.plain(call.run, bare(call.run, x))
         return (*(v.clone() for v in out if v is not None), _summary(call.aux, x.u0))

@@ -199,9 +199,9 @@ class TorchBackend(Backend):
     def run(self, algorithm, name, run, args, wanted):
         _levels.refuse_transforms()
         with torch.no_grad():
-            if name == "forward":
-                return _attach.forward(algorithm, run, *args, wanted)
-            return _attach.reverse(algorithm, run, *args, wanted)
+            if name == "reverse":
+                return _attach.reverse(algorithm, run, *args, wanted)
+            return _attach.task(algorithm, name, run, *args, wanted)
 
     def attach(self, algorithm, run, x):
         return _attach.attach(self, algorithm, run, x)
