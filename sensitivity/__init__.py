@@ -6,6 +6,7 @@ from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.interpolating import InterpolatingAdjoint
+from .algorithms.second_order import ForwardOverAdjoint
 from .choose import auto
 from .control import FixedStep, PIController
 from .costs import ContinuousCost, DiscreteCost
@@ -30,6 +31,7 @@ from .errors import (
 )
 from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
+from .hessians import hessian, hessian_vector_product
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
 from .problems import ODEProblem
 from .retcode import RetCode
@@ -58,6 +60,7 @@ __all__ = [
     "FiniteDifferenceVJP",
     "FixedStep",
     "ForwardADSensitivity",
+    "ForwardOverAdjoint",
     "ForwardSensitivity",
     "ForwardVJP",
     "Gradient",
@@ -95,5 +98,7 @@ __all__ = [
     "auto",
     "forward_sensitivities",
     "gradient",
+    "hessian",
+    "hessian_vector_product",
     "solve",
 ]

@@ -104,6 +104,16 @@ class Assembled:
                 total = total + self._value(be, sol, cost, start, stop)
         return total
 
+    def whole(self, be: Any, sol: Solution) -> Any:
+        """The value, every part of it from `g`."""
+        total: Any = sol.u[1][-1] if self.running else 0.0
+        for cost, start, stop in self.discrete:
+            total = total + self._value(be, sol, cost, start, stop)
+        shown = self.view(be, sol) if self.others else None
+        for loss in self.others:
+            total = total + loss(shown)
+        return total
+
     def _states(self, be: Any, sol: Solution, start: int, stop: int) -> list[tuple[Any, Any, Any, int]]:
         leaves, structure = be.flatten(sol.u[0] if self.running else sol.u)
         return [(sol.t[j], be.unflatten(structure, [v[j, ...] for v in leaves]), sol.prob.p, j - start)

@@ -24,7 +24,7 @@ def forward_sensitivities(prob: Any, alg: Any = None, *, wrt: Any = "p", seeds: 
     prob, alg
         As for `solve`.
     wrt : str or tuple of str
-        The inputs x: "u0", "p", "t0", "t1". A tuple puts their columns side by side, always in this order.
+        The inputs x: "u0", "p", "t0", "t1". A tuple puts their columns side by side, in its order.
     seeds : array `(m, r)`, optional
         Directions in the m inputs, one per column; then `S @ seeds` is computed, at the price of r columns.
     sensealg : sensitivity algorithm
@@ -58,8 +58,8 @@ def forward_sensitivities(prob: Any, alg: Any = None, *, wrt: Any = "p", seeds: 
                                      "sensealg=ForwardSensitivity() or ForwardADSensitivity()")
     run, x = prepare_options(prob, alg, options, through_ad(prob, algorithm, names))
     be, xp = run.be, run.be.xp
-    wanted = frozenset("theta" if n == "p" else n for n in names)
-    parts = columns(x, wanted)
+    flat_names = ["theta" if n == "p" else n for n in names]
+    wanted, parts = frozenset(flat_names), columns(x, flat_names)
     if "theta" in wanted and not x.theta:
         raise InputError("wrt holds 'p', but the problem has no floating-point parameters",
                          "nothing can be differentiated", "ODEProblem(f, u0, tspan, p), or wrt='u0'")

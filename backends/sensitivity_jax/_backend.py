@@ -232,6 +232,21 @@ class JaxBackend(JaxLoops, Backend):
 
         return push
 
+    def second(self, f, theta, d_theta, params):
+        def turn(t, u, w, nu, lam):
+            def pulled(u, theta, lam):
+                return jax.vjp(lambda u, th: f(th)(t, u), u, theta)[1](lam)
+
+            (w_bar, _), (u_bar, theta_bar) = jax.jvp(pulled, (u, theta, lam), (w, d_theta, nu))
+            return u_bar, theta_bar if params else (), w_bar
+
+        return turn
+
+    def loss_second(self, loss, args, d):
+        gradient = jax.value_and_grad(lambda xs: loss(*xs))
+        (value, grads), (_, rows) = jax.jvp(gradient, (tuple(args),), (tuple(d),))
+        return value, grads, rows
+
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
         return value, grads

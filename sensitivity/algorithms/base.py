@@ -8,6 +8,7 @@ the derivative of the solve in its framework. Laws, which the tests check: `forw
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,6 +83,10 @@ class SensitivityAlgorithm:
         How products with derivatives of `f` are made; None means that `auto` decides.
     because : tuple of str
         Why this was chosen, when `auto` did.
+    exact : whether the derivative is that of the computed solution, to round-off.
+    boundary : whether `attach` hides the solve from the framework's AD.
+    second_order : whether `reverse` needs nothing but `run.field` and `run.vjp.pullback`, so that it can be given a
+        `TangentField` (see `sensitivity.second`).
     """
 
     vjp: Any = None
@@ -90,6 +95,7 @@ class SensitivityAlgorithm:
     exact: ClassVar[bool] = False
     events: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
+    second_order: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
     references: ClassVar[tuple[str, ...]] = ()
 
@@ -215,11 +221,12 @@ def size_of(x: Array) -> int:
 NAMES = ("u0", "theta", "t0", "t1", "saveat")
 
 
-def columns(x: Inputs, wanted: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """The inputs wanted, in the order of `NAMES`, and how many entries each has."""
+def columns(x: Inputs, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """The inputs of these names, in their order (a set has that of `NAMES`), and how many entries each has."""
     counts = {"u0": x.u0.shape[0], "theta": sum(size_of(v) for v in x.theta), "t0": 1, "t1": 1,
               "saveat": 0 if x.saveat is None else x.saveat.shape[0]}
-    return tuple((name, counts[name]) for name in NAMES if name in wanted and counts[name])
+    ordered = [n for n in NAMES if n in names] if isinstance(names, frozenset) else names
+    return tuple((name, counts[name]) for name in ordered if counts[name])
 
 
 def directions(be: Any, x: Inputs, parts: tuple[tuple[str, int], ...], rows: Array) -> Tangents:
