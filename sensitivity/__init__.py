@@ -7,6 +7,7 @@ from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
+from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
 from .control import FixedStep, PIController
 from .costs import ContinuousCost, DiscreteCost
@@ -49,6 +50,7 @@ __all__ = [
     "BackendMissingError",
     "BrokenGradientError",
     "CapturedValueError",
+    "CheckedGradient",
     "ComplexStepVJP",
     "ContinuousCost",
     "DirectAdjoint",
@@ -64,6 +66,7 @@ __all__ = [
     "ForwardSensitivity",
     "ForwardVJP",
     "Gradient",
+    "GradientCheck",
     "Heun",
     "ImpureFunctionError",
     "InputError",
@@ -96,6 +99,7 @@ __all__ = [
     "__version__",
     "adjoint_sensitivities",
     "auto",
+    "check_gradient",
     "forward_sensitivities",
     "gradient",
     "hessian",

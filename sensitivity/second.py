@@ -22,7 +22,7 @@ from typing import Any
 
 from .algorithms.base import Outputs, Tangents
 from .assembled import WorstPart
-from .backend import Array
+from .backend import Array, Backend
 from .errors import NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
 from .system import Field, Inputs, Layout
@@ -72,8 +72,7 @@ class TangentVJP(VJP):
         assert isinstance(field, TangentField)
         assert not time
         n, (inner, d_theta) = field.n, field.opened(x.theta, x.constants)
-        by_ad = isinstance(field.run.vjp, ReverseVJP | ForwardVJP)
-        if by_ad:
+        if by_ad(field.run):
             turn = be.second(_through(field.run, inner), inner.theta, d_theta, params)
         else:
             turn = _differences(field.run, inner, d_theta, params)
@@ -83,6 +82,11 @@ class TangentVJP(VJP):
             return be.xp.concat([u_bar, w_bar]), theta_bar, 0.0
 
         return pull
+
+
+def by_ad(run: Run) -> bool:
+    """Whether the framework's AD makes second derivatives of `f`."""
+    return isinstance(run.vjp, ReverseVJP | ForwardVJP) and type(run.be).second is not Backend.second
 
 
 def _differences(run: Run, x: Inputs, d_theta: tuple[Array, ...], params: bool) -> Callable:
@@ -175,7 +179,7 @@ def refuse_second(algorithm: Any, run: Run, wanted: frozenset[str]) -> None:
 
 def warn_differences(run: Run) -> None:
     """Say that second derivatives of `f` are differences, where they are."""
-    if not isinstance(run.vjp, ReverseVJP | ForwardVJP):
+    if not by_ad(run):
         warnings.warn(f"second derivatives of f are central differences of {run.vjp.name}, which cannot be "
                       "differentiated exactly; vjp=ReverseVJP() is exact for an f that AD runs through",
                       NumericalDerivativeWarning, stacklevel=4)
