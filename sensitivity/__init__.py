@@ -4,9 +4,13 @@ from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
+from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.interpolating import InterpolatingAdjoint
+from .algorithms.second_order import ForwardOverAdjoint
+from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
 from .control import FixedStep, PIController
+from .costs import ContinuousCost, DiscreteCost
 from .errors import (
     BackendMissingError,
     BrokenGradientError,
@@ -27,10 +31,12 @@ from .errors import (
     UnsupportedCombination,
 )
 from .events import Event, PresetTimes
-from .gradient import gradient
+from .gradient import adjoint_sensitivities, gradient
+from .hessians import hessian, hessian_vector_product
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
 from .problems import ODEProblem
 from .retcode import RetCode
+from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
@@ -44,17 +50,23 @@ __all__ = [
     "BackendMissingError",
     "BrokenGradientError",
     "CapturedValueError",
+    "CheckedGradient",
     "ComplexStepVJP",
+    "ContinuousCost",
     "DirectAdjoint",
+    "DiscreteCost",
     "Dopri5",
     "Dopri8",
     "Euler",
     "Event",
     "FiniteDifferenceVJP",
     "FixedStep",
+    "ForwardADSensitivity",
+    "ForwardOverAdjoint",
     "ForwardSensitivity",
     "ForwardVJP",
     "Gradient",
+    "GradientCheck",
     "Heun",
     "ImpureFunctionError",
     "InputError",
@@ -85,7 +97,12 @@ __all__ = [
     "UnsupportedCombination",
     "UserVJP",
     "__version__",
+    "adjoint_sensitivities",
     "auto",
+    "check_gradient",
+    "forward_sensitivities",
     "gradient",
+    "hessian",
+    "hessian_vector_product",
     "solve",
 ]

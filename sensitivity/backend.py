@@ -190,6 +190,20 @@ class Backend(Loops):
         """
         raise NotImplementedError
 
+    def second(self, f: Callable, theta: tuple[Array, ...], d_theta: tuple[Array, ...], params: bool) -> Callable:
+        """`turn(t, u, w, nu, lam) -> (u_bar, theta_bar, w_bar)`: with `phi = nu . f + lam . (f_u w + f_theta d_theta)`,
+
+        `u_bar` and `theta_bar` are its derivatives in `u` and `theta`, `w_bar = f_u^T lam`; `theta_bar` is () unless
+        `params`.
+        """
+        raise NotImplementedError
+
+    def loss_second(self, loss: Callable, args: tuple[Array, ...],
+                    d: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...], tuple[Array, ...]] | None:
+        """Value, gradient, and Hessian times `d`, of a scalar user function; None where the framework cannot."""
+        del loss, args, d
+        return None
+
     def loss_vjp(self, loss: Callable, args: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]] | None:
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""
         del loss, args

@@ -9,7 +9,9 @@ from typing import Any
 
 from .algorithms.base import Aux, Cotangents, Outputs, fractions
 from .algorithms.carried import carrying
+from .assembled import Assembled, assemble
 from .choose import auto, choose
+from .costs import Cost
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
 from .probe import through_ad
@@ -22,7 +24,7 @@ from .vjp import sizes
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 
 
-def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = None, *, wrt: Any = None,
+def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
              sensealg: Any = auto, dloss: Callable[[Any], Any] | None = None, on_failure: str = "raise",
              **options: Any) -> Gradient:
     """Value and gradient of `loss(solution)`.
@@ -31,14 +33,17 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     ----------
     prob, alg, sensealg
         As for `solve`.
-    loss : callable
-        A real scalar function of the `Solution`.
+    loss : callable, DiscreteCost, ContinuousCost, or a sum of them
+        A real scalar function of the `Solution`, or a cost given by its derivatives or its integrand. For a sum, or
+        for a cost, the solution that is shown (to a callable too) has the rows of `saveat`; without `saveat`, the end
+        where a callable or only a running cost asks for it, else the times of the `DiscreteCost`.
     wrt : str or tuple of str, optional
         Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional
         `dloss(solution)` is the derivative of the loss with respect to `sol.u`, in its structure, for a loss that
         uses nothing else of the solution. Without it the
         framework's AD differentiates the loss; where there is none, central differences do (with a warning).
+        In a sum with costs it belongs to the callable.
     options
         The keywords of `solve`.
 
@@ -54,12 +59,10 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     SolveError
         The forward or the reverse solve failed.
     """
-    names = ("u0", "p") if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name in names:
-        if name not in NAMES:
-            raise InputError(f"wrt holds {name!r}", "a problem has no such part",
-                             f"choose from {', '.join(NAMES)}")
-    if loss is None or not callable(loss):
+    names = checked_names(wrt)
+    if isinstance(loss, Cost):
+        return _of_cost(prob, alg, loss, wrt, names, sensealg, dloss, on_failure, options)
+    if not (callable(loss) or isinstance(loss, Assembled)):
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
@@ -76,6 +79,62 @@ def gradient(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = Non
     wanted = frozenset("theta" if n == "p" else n for n in names)
     task = _through if not algorithm.boundary else _explicit
     return task(prob, run, x, algorithm, loss, dloss, wanted, on_failure)
+
+
+def adjoint_sensitivities(prob: Any, alg: Any = None, cost: Any = None, sensealg: Any = auto,
+                          **options: Any) -> Gradient:
+    """Gradient of a cost given by its derivatives, or by its integrand; see `gradient`.
+
+    Parameters
+    ----------
+    prob, alg, sensealg
+        As for `solve`.
+    cost : DiscreteCost, ContinuousCost or a sum of them
+    options
+        `wrt` and the keywords of `solve`.
+
+    Returns
+    -------
+    Gradient
+        `value` is None where a `DiscreteCost` came without `g`.
+
+    Raises
+    ------
+    InputError
+        `cost` is something else; for a callable of the solution there is `gradient`.
+    """
+    if not isinstance(cost, Cost):
+        raise InputError(f"cost is {type(cost).__name__}, not a DiscreteCost or ContinuousCost",
+                         "their derivatives are what this function starts from",
+                         "sa.DiscreteCost(ts, dgdu), or sa.gradient(prob, alg, loss) for a callable of the solution")
+    return gradient(prob, alg, cost, sensealg=sensealg, **options)
+
+
+def checked_names(wrt: Any) -> tuple[str, ...]:
+    """`wrt` as a tuple of names that exist."""
+    names = ("u0", "p") if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in NAMES:
+            raise InputError(f"wrt holds {name!r}", "a problem has no such part",
+                             f"choose from {', '.join(NAMES)}")
+    return names
+
+
+def _of_cost(prob: Any, alg: Any, cost: Cost, wrt: Any, names: tuple[str, ...], sensealg: Any, dloss: Any,
+             on_failure: str, options: dict[str, Any]) -> Gradient:
+    """The cost as a loss of a solve that saves what it needs."""
+    by_ad = through_ad(prob, sensealg, names)
+    run, x = prepare_options(prob, alg, options, by_ad)
+    if "saveat" in names and run.saves != "ts":
+        raise InputError("wrt holds 'saveat', but saveat is not an array of times",
+                         "the times of a DiscreteCost are fixed numbers", "saveat=np.array([...]) and a callable loss")
+    plan = assemble(prob, cost, options, run, x, by_ad)
+    if dloss is not None and not plan.others:
+        raise InputError("dloss= goes with a callable loss", "a cost carries its own derivatives", "leave dloss out")
+    every = (*names, "saveat") if plan.timed and "t1" in names and "saveat" not in names else names
+    r = gradient(plan.prob, alg, plan, wrt=None if wrt is None else every, sensealg=sensealg, dloss=dloss,
+                 on_failure=on_failure, **plan.options)
+    return plan.finished(run.be, r, prob, names)
 
 
 def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: Any, wanted: frozenset[str],
@@ -110,15 +169,19 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
     be = run.be
     order: list[str] = [n for n in ("u0", "theta", "t0", "t1", "saveat") if n in wanted]
     boxed = replace(run, be=be.differentiable())
+    if dloss is not None:
+        raise InputError("dloss= cannot be used with DirectAdjoint", "the framework differentiates the loss itself",
+                         "leave dloss out, or sensealg=RecursiveCheckpointAdjoint()")
+    with be.quiet():
+        out, aux = algorithm.plain(run, x)
+    sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
+    recorded = loss.through(run, x, sol) if isinstance(loss, Assembled) else loss
 
     def total(*arrays: Any) -> Any:
         moved = _replaced(x, order, arrays)
         out, aux = algorithm.plain(run, moved)
-        return loss(finished(*_moved(prob, boxed, moved, aux, order, algorithm, out), on_failure=on_failure)[0])
+        return recorded(finished(*_moved(prob, boxed, moved, aux, order, algorithm, out), on_failure=on_failure)[0])
 
-    if dloss is not None:
-        raise InputError("dloss= cannot be used with DirectAdjoint", "the framework differentiates the loss itself",
-                         "leave dloss out, or sensealg=RecursiveCheckpointAdjoint()")
     answer = be.loss_vjp(total, _selected(x, order))
     if answer is None:
         raise UnsupportedCombination(f"{be.name} AD fails on the solve or on the loss",
@@ -126,8 +189,8 @@ def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: A
                                      f"write f and loss in the AD's namespace{be.how_to_get_ad}, or "
                                      "sensealg=RecursiveCheckpointAdjoint() with dloss=")
     value, grads = answer
-    out, aux = algorithm.plain(run, x)
-    sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
+    if isinstance(loss, Assembled):
+        value = loss.value(run, x, sol)
     bars: dict[str, Any] = {}
     rest = list(grads)
     for name in order:
@@ -189,6 +252,21 @@ def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs,
                    sol: Any, wanted: frozenset[str]) -> tuple[Any, Outputs, dict[str, Any]]:
     """Value of the loss, cotangents of the outputs, and what the loss takes from the inputs `wanted` directly."""
     be, layout = run.be, run.field.u
+    if isinstance(loss, Assembled):
+        value, rows, theta = loss.known(run, x, sol)
+        ct = Outputs(rows, *_zeros(be, out))
+        direct: dict[str, Any] = {}
+        if theta is not None and "theta" in wanted:
+            direct["theta"] = (*theta, *be.zeros(x.theta[len(theta):]))
+        if not loss.by_ad:
+            return value, ct, direct
+        derived = None if dloss is None else lambda sol: loss.spread(be, sol, dloss(loss.view(be, sol)))
+        more, ct_ad, direct_ad = loss_cotangent(prob, run, x, algorithm, out, aux,
+                                                lambda sol: loss.recorded(be, sol), derived, sol, wanted)
+        ct = Outputs(*(None if a is None else a + b for a, b in zip(ct, ct_ad, strict=True)))
+        for name, bars in direct_ad.items():
+            direct[name] = tuple(a + b for a, b in zip(direct[name], bars, strict=True)) if name in direct else bars
+        return None if value is None else value + more, ct, direct
     if dloss is not None:
         leaves = [be.asarray(v, dtype=out.u.dtype) for v in be.flatten(dloss(sol))[0]]
         shapes = tuple((out.u.shape[0], *s) for s in layout.shapes)
@@ -212,7 +290,7 @@ def loss_cotangent(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs,
     arrays = (*kept, *_selected(x, order))
     value, grads = be.loss_vjp(of, arrays) or _differences(be, of, arrays)
     _check_scalar(value)
-    direct: dict[str, Any] = {}
+    direct = {}
     rest = tuple(grads[len(kept):])
     for name in order:
         take = len(x.theta) if name == "theta" else 1

@@ -129,6 +129,10 @@ class Field:
         return lambda t, u: self.u.ravel(
             be, be.flatten(f(t, be.unflatten(structure, self.u.unravel(be, u)), p, *captured))[0])
 
+    def state(self, be: Backend, u: Array) -> Tree:
+        """The state as `f` receives it."""
+        return be.unflatten(self.u.structure, self.u.unravel(be, u))
+
     def _bare(self, be: Backend) -> bool:
         """Whether the state is one array, not a container."""
         marker = object()

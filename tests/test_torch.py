@@ -526,21 +526,54 @@ def test_changing_the_output_leaves_the_gradient():
     close(p.grad, vec(-2 * math.exp(-0.5)), 1e-8)
 
 
-@pytest.mark.parametrize("sensealg", ADJOINTS, ids=name)
-def test_second_order_is_refused(sensealg):
-    u0, p = vec([1.0, 0.8]), vec([1.5, 1.0, 3.0, 1.0], True)
+def squares(sensealg, u0=(1.0, 0.8)):
+    return lambda p: (states(vec(list(u0)), p, sensealg) ** 2).sum()
 
-    def loss(p):
-        return (states(u0, p, sensealg) ** 2).sum()
 
+@pytest.mark.parametrize("sensealg", [*ADJOINTS[:2], sa.ForwardOverAdjoint()], ids=name)
+def test_second_order_in_every_composition(sensealg):
+    loss, p = squares(sensealg), vec([1.5, 1.0, 3.0, 1.0])
+    H = torch.func.hessian(loss)(p)
+    # Two continuous solves are each as wrong as their tolerance; the discrete ones are the same numbers.
+    tolerance = 1e-11 if sensealg.exact else 1e-6
+    close(torch.func.jacrev(torch.func.jacrev(loss))(p), H, tolerance)
+    close(torch.func.jacrev(torch.func.jacfwd(loss))(p), H, tolerance)
+    close(torch.autograd.functional.hessian(loss, p), H, tolerance)
+    close(torch.func.hessian(squares(sa.DirectAdjoint()))(p), H, 1e-6 if not sensealg.exact else 1e-10)
+    with pytest.raises(sa.UnsupportedCombination, match="forward mode was asked for twice"):
+        torch.func.jacfwd(torch.func.jacfwd(loss))(p)
+
+
+def test_double_backward_through_a_module():
+    torch.manual_seed(0)
+    net = Network()
+
+    def loss():
+        return sa.solve(sa.ODEProblem(net, vec([0.4, -0.2]), (0.0, 1.0)), saveat=[0.5, 1.0]).u.square().sum()
+
+    w = net.net[0].weight
+    (g,) = torch.autograd.grad(loss(), w, create_graph=True)
+    v = torch.linspace(-1.0, 1.0, w.numel(), dtype=w.dtype).reshape(w.shape)
+    (Hv,) = torch.autograd.grad((g * v).sum(), w)
+    e, ends = 1e-5, []
+    for s in (e, -2 * e):
+        with torch.no_grad():
+            w += s * v
+        ends.append(torch.autograd.grad(loss(), w)[0])
+    close(Hv, (ends[0] - ends[1]) / (2 * e), 1e-7)
+
+
+def test_second_order_is_refused_where_there_is_none():
+    loss, p = squares(sa.ForwardSensitivity()), vec([1.5, 1.0, 3.0, 1.0], True)
     (g,) = torch.autograd.grad(loss(p), p, create_graph=True)
-    with pytest.raises(sa.UnsupportedCombination, match="DirectAdjoint"):
+    with pytest.raises(sa.UnsupportedCombination, match="ForwardOverAdjoint"):
         torch.autograd.grad(g.sum(), p)
-    for outer in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f)),
-                  lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
-                  lambda f: torch.func.jacrev(torch.func.jacfwd(f))):
-        with pytest.raises(sa.UnsupportedCombination):
-            outer(loss)(p.detach())
+    with pytest.raises(sa.UnsupportedCombination, match="first derivatives only"):
+        torch.func.hessian(loss)(p.detach())
+    with pytest.raises(sa.UnsupportedCombination, match="not in times"):
+        torch.func.hessian(lambda t1: sa.solve(sa.ODEProblem(decay, vec([1.0]), (0.0, t1), vec(0.5))).u.sum())(vec(1.0))
+    with pytest.raises(sa.UnsupportedCombination, match="third"):
+        torch.func.jacrev(torch.func.hessian(squares(sa.auto)))(p.detach())
 
 
 def test_second_order_by_direct_adjoint():

@@ -11,6 +11,7 @@ from jax import lax
 from jax._src.core import trace_state_clean
 
 from sensitivity.backend import Backend
+from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
 from ._attach import attached, plain, task
@@ -56,6 +57,18 @@ class ModuleField(NamedTuple):
         arrays = iter(captured)
         leaves = [next(arrays) if kept is None else kept for kept in self.rest]
         return _shaped(jax.tree.unflatten(self.structure, leaves), t, u, p)
+
+
+class Beside(NamedTuple):
+    """A running cost beside a vector field; the first `own` captured arrays belong to `f`."""
+
+    f: Any
+    g: Any
+    own: int
+
+    def __call__(self, t, y, p, *captured):
+        u, q = y
+        return self.f(t, u, p, *captured[: self.own]), 0.0 * q + self.g(t, u, p, *captured[self.own :])
 
 
 def _shaped(f, t, u, p):
@@ -219,11 +232,29 @@ class JaxBackend(JaxLoops, Backend):
 
         return push
 
+    def second(self, f, theta, d_theta, params):
+        def turn(t, u, w, nu, lam):
+            def pulled(u, theta, lam):
+                return jax.vjp(lambda u, th: f(th)(t, u), u, theta)[1](lam)
+
+            (w_bar, _), (u_bar, theta_bar) = jax.jvp(pulled, (u, theta, lam), (w, d_theta, nu))
+            return u_bar, theta_bar if params else (), w_bar
+
+        return turn
+
+    def loss_second(self, loss, args, d):
+        gradient = jax.value_and_grad(lambda xs: loss(*xs))
+        (value, grads), (_, rows) = jax.jvp(gradient, (tuple(args),), (tuple(d),))
+        return value, grads, rows
+
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
         return value, grads
 
     def hoist(self, f, t, u, p):
+        if isinstance(f, RunningField):
+            (f, first), (g, second) = self.hoist(f.f, t, u[0], p), self.hoist(f.g, t, u[0], p)
+            return Beside(f, g, len(first)), (*first, *second)
         leaves, structure = jax.tree.flatten(f)
         if not (len(leaves) == 1 and leaves[0] is f):
             captured = tuple(x for x in leaves if self.is_array(x) and self.is_float(x))

@@ -2,8 +2,10 @@
 
 import warnings
 
+import autograd.numpy as anp
 import numpy as np
 from autograd import core, value_and_grad
+from autograd.tracer import getval
 
 from sensitivity.errors import SensitivityError
 
@@ -57,6 +59,48 @@ def jvp(f, theta, d_theta):
 def _dots(directions, bar):
     """The inner product of each direction with a cotangent."""
     return np.reshape(directions, (len(directions), -1)) @ np.reshape(bar, (-1,))
+
+
+def second(f, theta, d_theta, params):
+    """`turn(t, u, w, nu, lam)`; see `Backend.second`: reverse over reverse."""
+    k = len(theta)
+
+    def turn(t, u, w, nu, lam):
+        pulled = []
+
+        def phi(x):
+            backward, out = make_vjp(lambda x: f(tuple(x[1 : k + 1]))(t, x[0]), x)
+            bars = backward(lam)
+            pulled.append(np.asarray(getval(bars[0])))
+            total = anp.sum(nu * out)
+            for i, d in enumerate((w, *d_theta)):
+                total = total + anp.sum(d * bars[i])
+            return total
+
+        backward, _ = make_vjp(phi, (u, *theta))
+        u_bar, *theta_bar = backward(1.0)
+        return u_bar, tuple(theta_bar) if params else (), pulled[0]
+
+    return turn
+
+
+def loss_second(loss, args, d):
+    """Value, gradient and Hessian times `d`, or None if the loss cannot be differentiated."""
+    found = []
+
+    def along(x):
+        value, grads = value_and_grad(lambda x: loss(*x))(x)
+        found.append((getval(value), tuple(np.asarray(getval(grads[i])) for i in range(len(args)))))
+        return sum(anp.sum(v * grads[i]) for i, v in enumerate(d))
+
+    try:
+        backward, _ = make_vjp(along, tuple(args))
+        rows = tuple(backward(1.0))
+    except SensitivityError:
+        raise
+    except Exception:  # whatever keeps autograd from a user's function, the caller knows what to do
+        return None
+    return *found[0], rows
 
 
 def loss_vjp(loss, args):

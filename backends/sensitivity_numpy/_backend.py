@@ -166,6 +166,18 @@ class NumpyBackend(Backend):
 
         return _autograd.jvp(f, theta, d_theta)
 
+    def second(self, f, theta, d_theta, params):
+        from . import _autograd
+
+        return _autograd.second(f, theta, d_theta, params)
+
+    def loss_second(self, loss, args, d):
+        if "reverse" not in self.modes:
+            return None
+        from . import _autograd
+
+        return _autograd.loss_second(loss, args, d)
+
     def loss_vjp(self, loss, args):
         if "reverse" not in self.modes:
             return None

@@ -9,6 +9,7 @@ import torch
 from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.retcode import RetCode
+from sensitivity.second import refuse_second, turned
 from sensitivity.solve import reverse_failure
 from sensitivity.system import Inputs
 
@@ -77,10 +78,10 @@ def attach(be, algorithm, run, x):
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
 
 
-def forward(algorithm, run, x, wanted):
-    """`algorithm.forward` on plain tensors."""
+def task(algorithm, name, run, x, *args):
+    """`algorithm.<name>(run, x, *args)` on plain tensors."""
     with _autodiff.silent(run.field.f.live):
-        return algorithm.forward(run, bare(run, x), wanted)
+        return getattr(algorithm, name)(run, bare(run, x), *args)
 
 
 def reverse(algorithm, run, residuals, ct, wanted):
@@ -125,7 +126,7 @@ class Solve(torch.autograd.Function):
     def forward(call, *flat):
         x = call.inputs(flat)
         if call.wanted:
-            out, call.aux, call.residuals = forward(call.algorithm, call.run, x, call.wanted)
+            out, call.aux, call.residuals = task(call.algorithm, "forward", call.run, x, call.wanted)
         else:
             out, call.aux = call.algorithm.plain(call.run, bare(call.run, x))
         return (*(v.clone() for v in out if v is not None), _summary(call.aux, x.u0))
@@ -180,18 +181,38 @@ class Solve(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A derivative of a solve, which is not differentiated again."""
+    """A derivative of a solve: it belongs to a `Call`, and its first argument count says where its inputs end."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call = inputs[0]
+        ctx.call, ctx.count, *args = inputs
+        ctx.others = [None if isinstance(v, torch.Tensor) else v for v in args]
+        ctx.places = [i for i, v in enumerate(args) if isinstance(v, torch.Tensor)]
+        tensors = [args[i] for i in ctx.places]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise UnsupportedCombination(f"{ctx.call.algorithm.name} gives first derivatives only",
-                                     "a second one was asked for", "sensealg=DirectAdjoint()")
+    def split(ctx):
+        """The flat inputs of the solve, and the rest."""
+        args = list(ctx.others)
+        for i, v in zip(ctx.places, ctx.saved_tensors, strict=True):
+            args[i] = v
+        return args[:ctx.count], args[ctx.count:]
 
-    jvp = backward
+    @staticmethod
+    def moved(ctx, flat, given):
+        """Directions of the inputs wanted; zeros where there is none."""
+        return [torch.zeros_like(flat[i]) if v is None else v
+                for (i, _), v in zip(ctx.call.slots(ctx.count), given, strict=True)]
+
+    @staticmethod
+    def scattered(ctx, bars):
+        """Cotangents of the inputs wanted, at their places among all."""
+        out = [None] * ctx.count
+        for (i, _), bar in zip(ctx.call.slots(ctx.count), bars, strict=True):
+            out[i] = bar
+        return out
 
     @staticmethod
     def lanes(size, in_dims, call, count):
@@ -219,6 +240,20 @@ class Reverse(_Once):
         return tuple(out)
 
     @staticmethod
+    def backward(ctx, *w):
+        flat, ct = _Once.split(ctx)
+        d = _Once.moved(ctx, flat, w)
+        *bars, du = Second.apply(ctx.call, ctx.count, *flat, *ct, *(torch.zeros_like(v) for v in ct), *d)
+        return None, None, *_Once.scattered(ctx, bars), du
+
+    @staticmethod
+    def jvp(ctx, _, __, *tangents):
+        flat, ct = _Once.split(ctx)
+        d = _Once.moved(ctx, flat, [tangents[i] for i, _ in ctx.call.slots(ctx.count)])
+        dct = [torch.zeros_like(v) if w is None else w for v, w in zip(ct, tangents[ctx.count:], strict=True)]
+        return Second.apply(ctx.call, ctx.count, *flat, *ct, *dct, *d)[:-1]
+
+    @staticmethod
     def vmap(info, in_dims, call, count, *args):
         heads = _Once.lanes(info.batch_size, in_dims, call, count)
         return _loop(Reverse, info.batch_size, in_dims[2:], heads, args)
@@ -229,9 +264,9 @@ def _same_captured(run, x):
     field = run.field.f
     if not field.live:
         return
-    be, layout, k = run.be, run.field.u, run.field.p.count
+    be, k = run.be, run.field.p.count
     own = x.theta[k:k + run.field.captured]
-    u = be.unflatten(layout.structure, layout.unravel(be, x.u0))
+    u = run.field.state(be, x.u0)
     now = _autodiff.found(be, field, be.time(x.t0), u, run.field.p.join(be, x.theta[:k], x.constants), own)
     if {id(v) for v in now} != {id(v) for v in field.live}:
         raise CapturedValueError("f closes over other tensors now than when it was solved",
@@ -260,6 +295,58 @@ class Tangent(_Once):
         return tuple(v for v in moved if v is not None) if isinstance(moved, Outputs) else (moved,)
 
     @staticmethod
+    def backward(ctx, w):
+        flat, d = _Once.split(ctx)
+        totals, rows = None, []
+        for i in range(w.shape[0]):
+            zero = torch.zeros_like(w[i])
+            *bars, _ = Second.apply(ctx.call, ctx.count, *flat, w[i], zero, *(v[i] for v in d))
+            totals = bars if totals is None else [a + b for a, b in zip(totals, bars, strict=True)]
+            rows.append(Reverse.apply(ctx.call, ctx.count, *flat, w[i]))
+        return None, None, *_Once.scattered(ctx, totals), *(torch.stack(v) for v in zip(*rows, strict=True))
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise UnsupportedCombination(f"{ctx.call.algorithm.name} has no tangent of a tangent",
+                                     "forward mode was asked for twice",
+                                     "torch.func.hessian (forward over reverse), sa.hessian, or DirectAdjoint()")
+
+    @staticmethod
     def vmap(info, in_dims, call, count, *args):
         heads = _Once.lanes(info.batch_size, in_dims, call, count)
         return _loop(Tangent, info.batch_size, in_dims[2:], heads, args)
+
+
+class Second(_Once):
+    """`call, count, *inputs, ct, change of ct, *directions of the inputs -> *changes of the cotangents, of the states`.
+
+    The tangent of `Reverse`, which is also the transpose of itself: see `sensitivity.second`.
+    """
+
+    @staticmethod
+    def forward(call, count, *args):
+        refuse_second(call.algorithm, call.run, call.wanted)
+        flat, (ct, dct, *given) = args[:count], args[count:]
+        x, slots = call.inputs(flat), call.slots(count)
+        theta = [v for (_, name), v in zip(slots, given, strict=True) if name == "theta"]
+        u0 = [v for (_, name), v in zip(slots, given, strict=True) if name == "u0"]
+        d = Tangents(u0[0][None] if u0 else torch.zeros_like(x.u0)[None],
+                     tuple(v[None] for v in theta or [torch.zeros_like(v) for v in x.theta]), None, None, None)
+        _same_captured(call.run, x)
+        with _autodiff.silent(call.run.field.f.live):
+            u0_bar, theta_bar, du = turned(call.algorithm, call.run, bare(call.run, x), d, ct, dct, call.wanted)
+        rest = iter(theta_bar)
+        bars = (next(rest) if name == "theta" else u0_bar for _, name in slots)
+        return (*(v.clone() for v in bars), du.clone())
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise UnsupportedCombination(f"{ctx.call.algorithm.name} gives no third derivatives", "one was asked for",
+                                     "sensealg=DirectAdjoint()")
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info, in_dims, call, count, *args):
+        heads = _Once.lanes(info.batch_size, in_dims, call, count)
+        return _loop(Second, info.batch_size, in_dims[2:], heads, args)

@@ -232,6 +232,50 @@ def _rows(g, ct, d, du):
     return torch.stack(rows)
 
 
+def second(f, theta, d_theta, params):
+    """`turn(t, u, w, nu, lam)`; see `Backend.second`: reverse over reverse."""
+    captured = any(x.requires_grad for x in theta)
+    leaves = parameters(theta, True)
+    rhs = f(leaves)
+    wanted = leaves if params else ()
+    zeros = tuple(torch.zeros_like(x, requires_grad=False) for x in wanted)
+
+    def turn(t, u, w, nu, lam):
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            out = rhs(t, u)
+            if not out.requires_grad:
+                return torch.zeros_like(lam), zeros, torch.zeros_like(lam)
+            bars = torch.autograd.grad(out, (u, *leaves), lam, create_graph=True, allow_unused=True)
+            pairs = [(g, d) for g, d in zip(bars, (w, *d_theta), strict=True) if g is not None and g.requires_grad]
+            outputs, cts = zip((out, nu), *pairs, strict=True)
+        u_bar, *theta_bar = torch.autograd.grad(outputs, (u, *wanted), cts, retain_graph=captured, allow_unused=True)
+        theta_bar = tuple(z if g is None else g for g, z in zip(theta_bar, zeros, strict=True))
+        w_bar = torch.zeros_like(lam) if bars[0] is None else bars[0].detach()
+        return torch.zeros_like(lam) if u_bar is None else u_bar, theta_bar, w_bar
+
+    return turn
+
+
+def loss_second(loss, args, d):
+    """Value, gradient and Hessian times `d`; a leaf that requires grad stays what it is."""
+    _levels.refuse_transforms()
+    with torch.enable_grad():
+        args = [x if x.is_leaf and x.requires_grad else x.detach().requires_grad_() for x in args]
+        value = loss(*args)
+        zeros = tuple(torch.zeros_like(x, requires_grad=False) for x in args)
+        if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+            return value, zeros, zeros
+        grads = torch.autograd.grad(value, args, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(grads, d, strict=True) if g is not None and g.requires_grad]
+    rows = [None] * len(args)
+    if pairs:
+        outputs, cts = zip(*pairs, strict=True)
+        rows = torch.autograd.grad(outputs, args, cts, allow_unused=True)
+    filled = [tuple(z if g is None else g.detach() for g, z in zip(x, zeros, strict=True)) for x in (grads, rows)]
+    return value.detach(), *filled
+
+
 def loss_vjp(loss, args):
     """Value and gradient of a scalar function; a leaf that requires grad stays what it is."""
     _levels.refuse_transforms()

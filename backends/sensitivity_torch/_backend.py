@@ -54,6 +54,9 @@ class TorchBackend(Backend):
         try:
             if isinstance(x, list | tuple) and any(isinstance(v, torch.Tensor) for v in x):
                 return torch.stack([torch.as_tensor(v, dtype=dtype, device=device) for v in x])
+            if not isinstance(x, torch.Tensor) and _levels.transformed():
+                with _levels.outside():  # a number belongs to no transform, so nothing differentiates it
+                    return torch.as_tensor(x, dtype=dtype, device=device)
             return torch.as_tensor(x, dtype=dtype, device=device)
         except RuntimeError as e:
             raise ValueError(str(e)) from e
@@ -199,9 +202,9 @@ class TorchBackend(Backend):
     def run(self, algorithm, name, run, args, wanted):
         _levels.refuse_transforms()
         with torch.no_grad():
-            if name == "forward":
-                return _attach.forward(algorithm, run, *args, wanted)
-            return _attach.reverse(algorithm, run, *args, wanted)
+            if name == "reverse":
+                return _attach.reverse(algorithm, run, *args, wanted)
+            return _attach.task(algorithm, name, run, *args, wanted)
 
     def attach(self, algorithm, run, x):
         return _attach.attach(self, algorithm, run, x)
@@ -217,6 +220,12 @@ class TorchBackend(Backend):
 
     def jvp(self, f, theta, d_theta):
         return _autodiff.jvp(f, theta, d_theta)
+
+    def second(self, f, theta, d_theta, params):
+        return _autodiff.second(f, theta, d_theta, params)
+
+    def loss_second(self, loss, args, d):
+        return _autodiff.loss_second(loss, args, d)
 
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)

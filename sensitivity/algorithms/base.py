@@ -8,6 +8,7 @@ the derivative of the solve in its framework. Laws, which the tests check: `forw
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,6 +83,10 @@ class SensitivityAlgorithm:
         How products with derivatives of `f` are made; None means that `auto` decides.
     because : tuple of str
         Why this was chosen, when `auto` did.
+    exact : whether the derivative is that of the computed solution, to round-off.
+    boundary : whether `attach` hides the solve from the framework's AD.
+    second_order : whether `reverse` needs nothing but `run.field` and `run.vjp.pullback`, so that it can be given a
+        `TangentField` (see `sensitivity.second`).
     """
 
     vjp: Any = None
@@ -90,6 +95,7 @@ class SensitivityAlgorithm:
     exact: ClassVar[bool] = False
     events: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
+    second_order: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
     references: ClassVar[tuple[str, ...]] = ()
 
@@ -115,6 +121,11 @@ class SensitivityAlgorithm:
     def tangent(self, run: Run, residuals: Any, d: Tangents) -> Array:
         """Push input directions forward to the save states: `(m, k, n)`."""
         raise NotImplementedError
+
+    def along(self, run: Run, x: Inputs, d: Tangents, wanted: frozenset[str]) -> tuple[Outputs, Aux, Array]:
+        """Solve, and push the directions `d` forward: `(outputs, aux, (m, k, n))`."""
+        out, aux, residuals = self.forward(run, x, wanted)
+        return out, aux, self.tangent(run, residuals, d)
 
 
 def save_times(run: Run, x: Inputs, s: Span) -> Any:
@@ -207,6 +218,38 @@ def size_of(x: Array) -> int:
     return math.prod(x.shape)
 
 
+NAMES = ("u0", "theta", "t0", "t1", "saveat")
+
+
+def columns(x: Inputs, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """The inputs of these names, in their order (a set has that of `NAMES`), and how many entries each has."""
+    counts = {"u0": x.u0.shape[0], "theta": sum(size_of(v) for v in x.theta), "t0": 1, "t1": 1,
+              "saveat": 0 if x.saveat is None else x.saveat.shape[0]}
+    ordered = [n for n in NAMES if n in names] if isinstance(names, frozenset) else names
+    return tuple((name, counts[name]) for name in ordered if counts[name])
+
+
+def directions(be: Any, x: Inputs, parts: tuple[tuple[str, int], ...], rows: Array) -> Tangents:
+    """Directions in the inputs `parts` from a matrix with one direction per row, its columns in the order of `parts`.
+    """
+    m, start = rows.shape[0], 0
+    given: dict[str, Array] = {}
+    for name, size in parts:
+        given[name] = rows[:, start:start + size]
+        start += size
+    u0 = given.get("u0", be.unit_rows(m, x.u0.shape[0], m, x.u0))
+    theta, start = [], 0
+    for v in x.theta:
+        size = size_of(v)
+        block = be.unit_rows(m, size, m, v)
+        if "theta" in given:
+            block = be.xp.astype(given["theta"][:, start:start + size], v.dtype)
+            start += size
+        theta.append(be.xp.reshape(block, (m, *v.shape)))
+    t0, t1 = (given[n][:, 0] if n in given else None for n in ("t0", "t1"))
+    return Tangents(u0, tuple(theta), t0, t1, given.get("saveat"))
+
+
 def times_wanted(wanted: frozenset[str]) -> bool:
     return bool(wanted & {"t0", "t1", "saveat"})
 
@@ -215,5 +258,6 @@ def unsupported(algorithm: str, cause: str, instead: str) -> UnsupportedCombinat
     return UnsupportedCombination(f"{algorithm} does not go with {cause}", "", f"sensealg={instead}")
 
 
-__all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "fold_times", "fractions",
-           "opened", "outputs", "replace", "save_times", "size_of", "solve_forward", "times_wanted", "unsupported"]
+__all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "columns", "directions",
+           "fold_times", "fractions", "opened", "outputs", "replace", "save_times", "size_of", "solve_forward",
+           "times_wanted", "unsupported"]

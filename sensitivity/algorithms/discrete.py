@@ -51,6 +51,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
 
     exact: ClassVar[bool] = True
     events: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016")
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
+from ..errors import InputError
 from ..integrate import Run, evaluations, integrate, span
 from ..system import Inputs
 from . import base
@@ -37,10 +38,14 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     ----------
     jvp : VJP, optional
         How products with derivatives of `f` are made.
+    errors : "all" or "state"
+        What the step sizes bound the errors of: the state and its derivatives, or the state alone, in which case the
+        steps are those of a plain solve and the derivatives ride along.
     """
 
     vjp: Any = field(default=None, kw_only=True, repr=False)
     jvp: Any = None
+    errors: str = "all"
 
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
@@ -48,28 +53,54 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         chosen = self.jvp if self.vjp is None else self.vjp
         object.__setattr__(self, "jvp", chosen)
         object.__setattr__(self, "vjp", chosen)
+        if self.errors not in ("all", "state"):
+            raise InputError(f"errors={self.errors!r} is none of the possible values", "they are 'all' and 'state'",
+                             "errors='all'")
 
     def refuse(self, run: Run) -> None:
         if run.dense or run.saves == "steps":
             raise base.unsupported(self.name, "dense=True or saveat='steps'", "RecursiveCheckpointAdjoint()")
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Columns]:
-        be, xp = run.be, run.be.xp
-        n = x.u0.shape[0]
-        parts = _parts(x, wanted)
+        be = run.be
+        parts = base.columns(x, wanted - {"t1", "saveat"})
         m = sum(size for _, size in parts)
+        d = base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0))
+        out, aux, S, speed = self._solve(run, x, d, base.times_wanted(wanted))
+        pieces, start = {}, 0
+        for name, size in parts:
+            pieces[name] = S[:, start:start + size, :]
+            start += size
+        columns = Columns(x, pieces.get("u0"), pieces.get("theta"), pieces.get("t0"), speed, aux.status)
+        return out, aux, columns
+
+    def along(self, run: Run, x: Inputs, d: base.Tangents,
+              wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Array]:
+        """One extra right-hand side per direction, however many inputs there are."""
+        del wanted
+        moving = not (d.t0 is None and d.t1 is None and d.saveat is None)
+        out, aux, S, speed = self._solve(run, x, d, moving)
+        S = run.be.xp.permute_dims(S, (1, 0, 2))
+        return out, aux, S if speed is None else S + _save_moves(run, d)[:, :, None] * speed[None, :, :]
+
+    def _solve(self, run: Run, x: Inputs, d: base.Tangents,
+               moving: bool) -> tuple[base.Outputs, base.Aux, Array, Array | None]:
+        """State, derivatives `(k, m, n)` along `d` at fixed save times, and, if times move, the slopes there."""
+        be, xp = run.be, run.be.xp
+        n, m = x.u0.shape[0], d.u0.shape[0]
         s = span(be, x.t0, x.t1)
         rhs = run.field.bind(be, x.theta, x.constants)
-        S0, d_theta = _seeds(run, x, parts, m, rhs, s.t0)
-        push = run.vjp.pushforward(run, x, d_theta)
+        push = run.vjp.pushforward(run, x, d.theta)
+        S0 = d.u0 if d.t0 is None else d.u0 - d.t0[:, None] * rhs(be.time(s.t0), x.u0)[None, :]
 
         def augmented(t: Any, z: Array) -> Array:
             f, df = push(t, z[:n], xp.reshape(z[n:], (m, n)), None)
             return xp.concat([f, xp.reshape(df, (m * n,))])
 
+        own, covered = run.norm or be.rms, self.errors == "all" and m > 0
+        norm = (lambda e: be.greatest(own(e[:n]), be.rms(e[n:]))) if covered else (lambda e: own(e[:n]))
         stepper = run.stepper(augmented)
         z0 = xp.concat([x.u0, xp.reshape(S0, (m * n,))])
-        norm = run.norm or (lambda e: be.greatest(be.rms(e[:n]), be.rms(e[n:])) if m else be.rms(e))
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         sink = None
         if run.saves is not None:
@@ -79,18 +110,13 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
         u, S = rows[:, :n], xp.reshape(rows[:, n:], (-1, m, n))
         speed = None
-        nfe = evaluations(run, stepper, end) + ("t0" in wanted)
-        if base.times_wanted(wanted):
+        nfe = evaluations(run, stepper, end) + (d.t0 is not None)
+        if moving:
             _, slopes = be.scan(lambda _, i: (0, rhs(be.time(i[0]), i[1])), 0, (ts, u))
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None)
-        pieces, start = {}, 0
-        for name, size in parts:
-            pieces[name] = S[:, start:start + size, :]
-            start += size
-        columns = Columns(x, pieces.get("u0"), pieces.get("theta"), pieces.get("t0"), speed, end.status)
-        return base.Outputs(u, None, None), aux, columns
+        return base.Outputs(u, None, None), aux, S, speed
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, xp = run.be, run.be.xp
@@ -131,38 +157,15 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         if S_t0 is not None and d.t0 is not None:
             terms.append(pushed(d.t0[:, None], S_t0))
         if speed is not None:
-            zero = 0.0 * d.u0[:, 0]
-            dt0, dt1 = zero if d.t0 is None else d.t0, zero if d.t1 is None else d.t1
-            ds = dt1[:, None] if run.saves is None else save_time_tangents(run, d, dt0, dt1)
-            terms.append(ds[:, :, None] * speed[None, :, :])
+            terms.append(_save_moves(run, d)[:, :, None] * speed[None, :, :])
         return sum(terms[1:], terms[0])
 
 
-def _parts(x: Inputs, wanted: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """The inputs with a column each, and how many entries they have."""
-    sizes = {"u0": x.u0.shape[0], "theta": sum(base.size_of(v) for v in x.theta), "t0": 1}
-    return tuple((name, size) for name, size in sizes.items() if name in wanted and size)
-
-
-def _seeds(run: Run, x: Inputs, parts: Any, m: int, rhs: Any, t0: Any) -> tuple[Array, tuple[Array, ...]]:
-    be, xp = run.be, run.be.xp
-    n = x.u0.shape[0]
-    S0 = be.unit_rows(m, n, m, x.u0)
-    d_theta = tuple(xp.reshape(be.unit_rows(m, base.size_of(v), m, v), (m, *v.shape)) for v in x.theta)
-    start = 0
-    for name, size in parts:
-        if name == "u0":
-            S0 = S0 + be.unit_rows(m, n, start, x.u0)
-        elif name == "theta":
-            seeds, at = [], start
-            for v in x.theta:
-                seeds.append(xp.reshape(be.unit_rows(m, base.size_of(v), at, v), (m, *v.shape)))
-                at += base.size_of(v)
-            d_theta = tuple(seeds)
-        else:
-            S0 = S0 - be.unit_rows(m, 1, start, x.u0) @ rhs(be.time(t0), x.u0)[None, :]
-        start += size
-    return S0, d_theta
+def _save_moves(run: Run, d: base.Tangents) -> Array:
+    """Directions of the save times, `(m, k)`."""
+    zero = 0.0 * d.u0[:, 0]
+    dt0, dt1 = zero if d.t0 is None else d.t0, zero if d.t1 is None else d.t1
+    return dt1[:, None] if run.saves is None else save_time_tangents(run, d, dt0, dt1)
 
 
 def _wide(be: Any, atol: Any, m: int) -> Any:

@@ -43,6 +43,7 @@ class InterpolatingAdjoint(base.SensitivityAlgorithm):
     rtol: float | None = None
     atol: float | None = None
 
+    second_order: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("cao2003", "rackauckas2020")
 
     def __post_init__(self) -> None:
