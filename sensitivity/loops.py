@@ -128,8 +128,10 @@ class Loops:
         """The ledger with one more entry."""
         return (*ledger, entry)
 
-    def entries(self, ledger: Any, like: Array) -> tuple[Any, Array, Any]:
-        """A ledger of `(t, u, index)` as columns: times, states `(K, n)`, indices."""
+    def entries(self, ledger: Any, like: Array, fill: float = math.nan) -> tuple[Any, Array, Any]:
+        """A ledger of `(t, u, index)` as columns: times, states `(K, n)`, indices; `fill` and -1 where there is room
+        for more."""
+        del fill
         rows = [e[1] for e in ledger]
         u = self.xp.stack(rows) if rows else self.xp.reshape(like, (1, -1))[:0, :]
         return [e[0] for e in ledger], u, [e[2] for e in ledger]
@@ -156,14 +158,14 @@ class Loops:
         """Small integers as an array for the user."""
         return self.xp.asarray(values, dtype=self.xp.int32)
 
-    def unwind(self, body: Callable, state: Any, ledger: Any, extra: tuple[Any, Any]) -> Any:
+    def unwind(self, body: Callable, state: Any, ledger: Any, extra: tuple[Any, Any] | None) -> Any:
         """Fold `state = body(state, entry, (t_bar, u_bar), newest)` over a ledger, newest entry first.
 
-        `extra` holds the cotangents of the times `(K,)` and states `(K, n)` of `entries`.
+        `extra` holds the cotangents of the times `(K,)` and states `(K, n)` of `entries`, or nothing.
         """
-        t_bar, u_bar = extra
         for i in reversed(range(len(ledger))):
-            state = body(state, ledger[i], (self.scalar(t_bar[i]), u_bar[i, :]), i == len(ledger) - 1)
+            bars = None if extra is None else (self.scalar(extra[0][i]), extra[1][i, :])
+            state = body(state, ledger[i], bars, i == len(ledger) - 1)
         return state
 
     def follow(self, body: Callable, state: Any, log: Any) -> tuple[Any, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .backend import Array, Record, Scalar
-from .events import EventFunctions
 from .retcode import RetCode
 
 SAMPLES = (2.0**-14, 1.0 / 64.0, 0.25, 0.5, 0.75, 1.0)
@@ -51,7 +50,7 @@ class Watch:
     `functions` offers `values(t, u)`, `after(i, t, u)`, `times()`, `watched()` and `events`.
     """
 
-    def __init__(self, be: Any, stepper: Any, functions: EventFunctions, direction: Scalar, t1: Scalar,
+    def __init__(self, be: Any, stepper: Any, functions: Any, direction: Scalar, t1: Scalar,
                  limit: int, adaptive: bool) -> None:
         self.adaptive = adaptive
         self.be, self.stepper, self.functions = be, stepper, functions

@@ -40,10 +40,10 @@ class LedgerLoops:
         put = lambda b, x: lax.dynamic_update_index_in_dim(b, jnp.asarray(x, b.dtype), ledger.count, 0)  # noqa: E731
         return Ledger(jax.tree.map(put, ledger.entries, entry), ledger.count + 1)
 
-    def entries(self, ledger, like):
+    def entries(self, ledger, like, fill=jnp.nan):
         t, u, index = ledger.entries
         used = jnp.arange(t.shape[0]) < ledger.count
-        return jnp.where(used, t, jnp.nan), jnp.where(used[:, None], u, jnp.nan), jnp.where(used, index, -1)
+        return jnp.where(used, t, fill), jnp.where(used[:, None], u, fill), jnp.where(used, index, -1)
 
     def columns(self, ledger, example):
         return ledger.entries

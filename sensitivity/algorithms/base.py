@@ -125,7 +125,18 @@ class SensitivityAlgorithm:
     def along(self, run: Run, x: Inputs, d: Tangents, wanted: frozenset[str]) -> tuple[Outputs, Aux, Array]:
         """Solve, and push the directions `d` forward: `(outputs, aux, (m, k, n))`."""
         out, aux, residuals = self.forward(run, x, wanted)
-        return out, aux, self.tangent(run, residuals, d)
+        moved = self.tangent(run, residuals, d)
+        return out, aux, moved.u if isinstance(moved, Outputs) else moved
+
+
+def weighed(run: Run, moved: Any, ct: Outputs) -> Array:
+    """`S^T ct` for tangents of the outputs, one row of `moved` per direction."""
+    xp = run.be.xp
+    moved = moved if isinstance(moved, Outputs) else Outputs(moved)
+    m = moved.u.shape[0]
+    terms = [xp.reshape(S, (m, -1)) @ xp.astype(xp.reshape(c, (-1,)), S.dtype)
+             for S, c in zip(moved, ct, strict=True) if S is not None and c is not None]
+    return sum(terms[1:], terms[0])
 
 
 def save_times(run: Run, x: Inputs, s: Span) -> Any:

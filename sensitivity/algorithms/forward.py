@@ -2,6 +2,11 @@
 
     S' = f_u S + f_x,   S(t0) = du0/dx (and -f(t0, u0) for x = t0),
 
+and at an event c(t, u, p) = 0 with u+ = R(t, u-, p) (Serban and Recuero 2019, J. Comput. Nonlinear Dynam. 14; Kong et
+al. 2024, Proc. IEEE 112, eq. 8)
+
+    dt* = -(c_u S- + c_x) / (c_t + c_u f-),   S+ = R_u (S- + f- dt*) + R_x + R_t dt* - f+ dt*,
+
 one column of S per entry of the inputs asked for. Reverse mode is then `S^T ct`, forward mode `S d`; both cost one
 solve with `m` extra right-hand sides, which pays for few parameters. Reference: Hairer, Norsett, Wanner I, I.14.
 """
@@ -15,17 +20,19 @@ from ..backend import Array
 from ..errors import InputError
 from ..integrate import Run, evaluations, integrate, span
 from ..system import Inputs
+from ..watch import Watch
 from . import base
-from .frozen import save_time_tangents
+from .frozen import EventTangents, save_time_tangents
+from .jumps import ambiguous
 
 
 class Columns(NamedTuple):
-    """Derivatives of the saved states, `(k, m_x, n)` for each input asked for, and the slopes there, `(k, n)`."""
+    """Tangents of the outputs along each entry of the inputs asked for, and the slopes at the save times, `(k, n)`."""
 
     x: Inputs
-    u0: Array | None
-    theta: Array | None
-    t0: Array | None
+    u0: base.Outputs | None
+    theta: base.Outputs | None
+    t0: base.Outputs | None
     speed: Array | None
     status: Any
 
@@ -47,6 +54,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     jvp: Any = None
     errors: str = "all"
 
+    events: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def __post_init__(self) -> None:
@@ -66,12 +74,12 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         parts = base.columns(x, wanted - {"t1", "saveat"})
         m = sum(size for _, size in parts)
         d = base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0))
-        out, aux, S, speed = self._solve(run, x, d, base.times_wanted(wanted))
+        out, aux, moved, speed, status = self._solve(run, x, d, base.times_wanted(wanted))
         pieces, start = {}, 0
         for name, size in parts:
-            pieces[name] = S[:, start:start + size, :]
+            pieces[name] = base.Outputs(*(None if v is None else v[start:start + size, ...] for v in moved))
             start += size
-        columns = Columns(x, pieces.get("u0"), pieces.get("theta"), pieces.get("t0"), speed, aux.status)
+        columns = Columns(x, pieces.get("u0"), pieces.get("theta"), pieces.get("t0"), speed, status)
         return out, aux, columns
 
     def along(self, run: Run, x: Inputs, d: base.Tangents,
@@ -79,13 +87,13 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         """One extra right-hand side per direction, however many inputs there are."""
         del wanted
         moving = not (d.t0 is None and d.t1 is None and d.saveat is None)
-        out, aux, S, speed = self._solve(run, x, d, moving)
-        S = run.be.xp.permute_dims(S, (1, 0, 2))
-        return out, aux, S if speed is None else S + _save_moves(run, d)[:, :, None] * speed[None, :, :]
+        out, aux, moved, speed, _ = self._solve(run, x, d, moving)
+        return out, aux, moved.u if speed is None else moved.u + _save_moves(run, d)[:, :, None] * speed[None, :, :]
 
     def _solve(self, run: Run, x: Inputs, d: base.Tangents,
-               moving: bool) -> tuple[base.Outputs, base.Aux, Array, Array | None]:
-        """State, derivatives `(k, m, n)` along `d` at fixed save times, and, if times move, the slopes there."""
+               moving: bool) -> tuple[base.Outputs, base.Aux, base.Outputs, Array | None, Any]:
+        """Outputs, their tangents along `d` at fixed save times, if times move the slopes there, and whether the
+        derivatives exist."""
         be, xp = run.be, run.be.xp
         n, m = x.u0.shape[0], d.u0.shape[0]
         s = span(be, x.t0, x.t1)
@@ -105,30 +113,38 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         sink = None
         if run.saves is not None:
             sink = be.sampler(stepper.interpolate, ts, z0, s.direction, run.capacity, stepper.restage)
-        end, rows = integrate(run, stepper, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm,
-                              limit=None if sink is None else run.capacity)
+        jumps = _Jumps(run, x, rhs, d) if run.events else None
+        watch = None
+        if jumps is not None:
+            watch = Watch(be, stepper, jumps, s.direction, s.t1, run.max_events, run.controller.adaptive)
+        end, rows = integrate(run, stepper, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm, watch=watch,
+                              limit=None if sink is None or run.events else run.capacity)
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
-        u, S = rows[:, :n], xp.reshape(rows[:, n:], (-1, m, n))
+        u, S = rows[:, :n], xp.permute_dims(xp.reshape(rows[:, n:], (-1, m, n)), (1, 0, 2))
         speed = None
         nfe = evaluations(run, stepper, end) + (d.t0 is not None)
         if moving:
             _, slopes = be.scan(lambda _, i: (0, rhs(be.time(i[0]), i[1])), 0, (ts, u))
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]
+        out, moved, events, status = base.Outputs(u), base.Outputs(S), None, end.status
+        if jumps is not None:
+            out, moved, events = jumps.outputs(end, u, S)
+            nfe = nfe + (stepper.fsal + 2) * end.watch.count
+            if speed is not None and run.saves is None:
+                speed = be.choose(end.watch.ended, 0.0 * speed, speed)
+            status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
-        aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None)
-        return base.Outputs(u, None, None), aux, S, speed
+        aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None,
+                       events)
+        return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, xp = run.be, run.be.xp
         x, S_u0, S_theta, S_t0, speed, status = residuals
 
-        def pulled(S: Array) -> Array:
-            k, m, n = S.shape
-            return xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)) @ xp.reshape(ct.u, (k * n,))
-
-        u0 = 0.0 * x.u0 if S_u0 is None else pulled(S_u0)
-        theta = be.zeros(x.theta) if S_theta is None else be.split(pulled(S_theta), x.theta)
-        t0 = 0.0 if S_t0 is None else be.scalar(pulled(S_t0)[0])
+        u0 = 0.0 * x.u0 if S_u0 is None else base.weighed(run, S_u0, ct)
+        theta = be.zeros(x.theta) if S_theta is None else be.split(base.weighed(run, S_theta, ct), x.theta)
+        t0 = 0.0 if S_t0 is None else be.scalar(base.weighed(run, S_t0, ct)[0])
         t1, ts_bar = 0.0, None
         if speed is not None:
             moves = be.scalars(xp.sum(ct.u * speed, axis=1))
@@ -139,26 +155,84 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
                 t0, t1 = base.fold_times(run, ts_bar, t0, t1)
         return base.Cotangents(u0, theta if "theta" in wanted else (), t0, t1, ts_bar, 0, 0, status)
 
-    def tangent(self, run: Run, residuals: Columns, d: base.Tangents) -> Array:
+    def tangent(self, run: Run, residuals: Columns, d: base.Tangents) -> Any:
         xp = run.be.xp
         _, S_u0, S_theta, S_t0, speed, _ = residuals
         rows = d.u0.shape[0]
-
-        def pushed(c: Array, S: Array) -> Array:
-            k, m, n = S.shape
-            return xp.reshape(c @ xp.reshape(xp.permute_dims(S, (1, 0, 2)), (m, k * n)), (rows, k, n))
-
         terms = []
         if S_u0 is not None:
-            terms.append(pushed(d.u0, S_u0))
+            terms.append((d.u0, S_u0))
         if S_theta is not None:
-            flat = [xp.reshape(v, (rows, -1)) for v in d.theta]
-            terms.append(pushed(xp.concat(flat, axis=1), S_theta))
+            terms.append((xp.concat([xp.reshape(v, (rows, -1)) for v in d.theta], axis=1), S_theta))
         if S_t0 is not None and d.t0 is not None:
-            terms.append(pushed(d.t0[:, None], S_t0))
+            terms.append((d.t0[:, None], S_t0))
+        moved = []
+        for k, like in enumerate(terms[0][1]):
+            if like is None:
+                moved.append(None)
+                continue
+            parts = [xp.reshape(c @ xp.reshape(S[k], (c.shape[1], -1)), (rows, *like.shape[1:])) for c, S in terms]
+            moved.append(sum(parts[1:], parts[0]))
         if speed is not None:
-            terms.append(_save_moves(run, d)[:, :, None] * speed[None, :, :])
-        return sum(terms[1:], terms[0])
+            moved[0] = moved[0] + _save_moves(run, d)[:, :, None] * speed[None, :, :]
+        return base.Outputs(*moved)
+
+
+class _Jumps:
+    """The events of a run for the state with its derivatives."""
+
+    def __init__(self, run: Run, x: Inputs, rhs: Any, d: base.Tangents) -> None:
+        self.be, self.rhs, self.size = run.be, rhs, d.u0.shape
+        self.tangents = EventTangents(run, x, d.theta)
+        self.functions, self.events = self.tangents.functions, run.events
+        self.watched, self.times = self.functions.watched, self.functions.times
+
+    def values(self, t: Any, z: Array) -> Any:
+        return self.functions.values(t, z[:self.size[1]])
+
+    def moment(self, i: Any, t: Any, z: Array) -> tuple[Array, Array, Array]:
+        """Tangents of the event's time `(m,)` and of the state there `(m, n)`, and the slope before it."""
+        be, (m, n) = self.be, self.size
+        u, S, now = z[:n], be.xp.reshape(z[n:], (m, n)), be.time(t)
+        before, none = self.rhs(now, u), 0.0 * S[:, 0]
+        dc = be.branch(i, self.tangents.conditions, now, u, S, none)[:, 0]
+        cdot = be.branch(i, self.tangents.speeds, now, u, before[None, :], 0.0 * before[:1] + 1.0)[0, 0]
+        dt = -dc / cdot
+        return dt, S + dt[:, None] * before[None, :], before
+
+    def after(self, i: Any, t: Any, z: Array) -> Array:
+        be, (m, n) = self.be, self.size
+        now, u = be.time(t), z[:n]
+        dt, du, _ = self.moment(i, t, z)
+        behind = self.functions.after(i, t, u)
+        moved = be.branch(i, self.tangents.affects, now, u, du, dt)
+        on: Any = 1.0
+        for k, event in enumerate(self.events):
+            if event.terminal:
+                on = be.choose(i == k, 0.0, on)
+        S = moved - on * dt[:, None] * self.rhs(now, behind)[None, :]
+        return be.xp.concat([behind, be.xp.reshape(S, (m * n,))])
+
+    def outputs(self, end: Any, u: Array, S: Array) -> tuple[base.Outputs, base.Outputs, Any]:
+        """Outputs with the events, their tangents, and what `Aux` keeps of events."""
+        be, (m, n) = self.be, self.size
+        xp, watch = be.xp, end.watch
+        times, z, index = be.entries(watch.entries, end.u, 0.0)
+        shown, rows, _ = be.entries(watch.entries, end.u)
+        dt, du = 0.0 * z[:, :m], xp.reshape(0.0 * z[:, n:], (-1, m, n))
+        if z.shape[0]:
+            _, found = be.scan(lambda _, e: (0, self._tangents(*e)), 0, (times, z, index))
+            found = be.gathered(found)
+            valid = xp.arange(z.shape[0], device=be.device(z)) < watch.count
+            found = xp.where(valid[:, None], found, 0.0 * z[:, :1])
+            dt, du = found[:, :m], xp.reshape(found[:, m:], (-1, m, n))
+        out = base.Outputs(u, None, None, be.time_vector(shown, u), rows[:, :n])
+        moved = base.Outputs(S, None, None, xp.permute_dims(dt, (1, 0)), xp.permute_dims(du, (1, 0, 2)))
+        return out, moved, (index, watch.count, watch.ended)
+
+    def _tangents(self, t: Any, z: Array, i: Any) -> Array:
+        dt, du, _ = self.moment(self.be.greatest(i, 0), t, z)
+        return self.be.xp.concat([dt, self.be.xp.reshape(du, (-1,))])
 
 
 def _save_moves(run: Run, d: base.Tangents) -> Array:

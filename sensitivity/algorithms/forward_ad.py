@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..backend import Array
 from ..integrate import Run
 from ..system import Inputs
 from . import base
@@ -35,6 +34,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     exact: ClassVar[bool] = True
+    events: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def refuse(self, run: Run) -> None:
@@ -47,12 +47,11 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         """`S^T ct`, one column of S for each entry of the inputs wanted."""
-        be, xp = run.be, run.be.xp
-        x = residuals.x
+        be, x = run.be, residuals.x
         parts = base.columns(x, wanted)
         m = sum(size for _, size in parts)
         S = frozen_tangent(run, residuals, base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0)))
-        bars = xp.reshape(S, (m, -1)) @ xp.reshape(ct.u, (-1,))
+        bars = base.weighed(run, S, ct)
         pieces, start = {}, 0
         for name, size in parts:
             pieces[name] = bars[start:start + size]
@@ -63,5 +62,5 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
         return base.Cotangents(pieces.get("u0", 0.0 * x.u0), theta if "theta" in wanted else (), t0, t1, saveat, 0, 0,
                                residuals.end.status)
 
-    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
+    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Any:
         return frozen_tangent(run, residuals, d)

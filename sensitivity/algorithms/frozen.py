@@ -104,21 +104,28 @@ def _at_outputs(run: Run, x: Inputs, solved: base.Solved, stepper: Stepper, log:
     return du + ds[:, :, None] * speed[None, :, :] + size[:, :, None] * change[None, :, :]
 
 
-class Jumps:
-    """Tangents over a step that ends on an event, and over its affect."""
+class EventTangents:
+    """Pushforwards of conditions, `(t, u, du, dt) -> (m, 1)`, along one direction without parameters (`speeds`), and of
+    affects, `(m, n)`."""
 
-    def __init__(self, run: Run, x: Inputs, stepper: Stepper, push: Any, d_theta: tuple[Array, ...]) -> None:
-        be = run.be
-        self.be, self.x, self.stepper, self.push = be, x, stepper, push
+    def __init__(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> None:
         self.functions = functions = EventFunctions(run, x)
         still = tuple(0.0 * v[:1, ...] for v in d_theta)
-        self.alone = run.vjp.pushforward(run, x, still)
         self.conditions, self.speeds, self.affects = [], [], []
         for i, (c, r) in enumerate(zip(functions.conditions, functions.affects, strict=True)):
             preset = _preset(functions, i, d_theta) if c is None else None
             self.conditions.append(preset or _pushforward(run, x, c, d_theta))
             self.speeds.append((lambda t, u, du, dt: -dt[:, None]) if c is None else _pushforward(run, x, c, still))
             self.affects.append((lambda t, u, du, dt: du) if r is None else _pushforward(run, x, r, d_theta))
+
+
+class Jumps:
+    """Tangents over a step that ends on an event, and over its affect."""
+
+    def __init__(self, run: Run, x: Inputs, stepper: Stepper, push: Any, d_theta: tuple[Array, ...]) -> None:
+        self.be, self.stepper, self.push = run.be, stepper, push
+        self.tangents = EventTangents(run, x, d_theta)
+        self.alone = run.vjp.pushforward(run, x, tuple(0.0 * v[:1, ...] for v in d_theta))
 
     def __call__(self, state: Ahead, record: Record, entries: Any) -> tuple[Ahead, Array, Array]:
         be, stepper = self.be, self.stepper
@@ -131,12 +138,12 @@ class Jumps:
         new, dK = stepper.jvp(self.push, record, dt, none, node)
         still = Tangent(0.0 * node.u[:1, :], None if node.k is None else 0.0 * node.k[:1, :])
         slope, slopes = stepper.jvp(self.alone, record, none[:1], none[:1] + 1.0, still)
-        dc = be.branch(event.index, self.conditions, t, event.u, new.u, dt)[:, 0]
-        cdot = be.branch(event.index, self.speeds, t, event.u, slope.u, none[:1] + 1.0)[0, 0]
+        dc = be.branch(event.index, self.tangents.conditions, t, event.u, new.u, dt)[:, 0]
+        cdot = be.branch(event.index, self.tangents.speeds, t, event.u, slope.u, none[:1] + 1.0)[0, 0]
         dh = -dc / cdot
         du, dt = new.u + dh[:, None] * slope.u, dt + dh
-        after = be.branch(event.index, self.affects, t, event.u, du, dt)
-        u = self.functions.after(event.index, event.t, event.u)
+        after = be.branch(event.index, self.tangents.affects, t, event.u, du, dt)
+        u = self.tangents.functions.after(event.index, event.t, event.u)
         k = None if node.k is None else self.push(t, u, after, dt)[1]
         events = be.enter(events, (dt, xp.reshape(du, (m * n,))))
         dK = dK + dh[None, :, None] * slopes

@@ -34,13 +34,12 @@ APART = 1e-10
 
 class Sweep(NamedTuple):
     """State of the sweep over segments: the adjoint, where in the log it is, the cotangent of `t1`, the number of
-    products, the time of the event behind, and what is wrong."""
+    products, and what is wrong."""
 
     adjoint: Adjoint
     position: Any
     t1: Scalar
     products: Any
-    behind: Scalar
     status: Any
 
 
@@ -50,8 +49,6 @@ def sweep(run: Run, x: Inputs, stepper: Stepper, solved: base.Solved, pull: Any,
     be, log, watch = run.be, solved.log, solved.end.watch
     s = span(be, x.t0, x.t1)
     jump = _Jump(run, x, stepper, pull, params)
-    near = APART * abs(s.t1 - s.t0)
-    saves = None if run.saves in (None, "steps") else base.save_times(run, x, s)
 
     def back(state: Adjoint, record: Any, out: Any, last: Any) -> Adjoint:
         return stepper.vjp(pull, record, out, last, True, state)
@@ -64,21 +61,39 @@ def sweep(run: Run, x: Inputs, stepper: Stepper, solved: base.Solved, pull: Any,
         t1 = be.choose(newest, right.h, state.t1)
         right = right._replace(t0=right.t0 - be.choose(newest, right.h, 0.0))
         left, position, products, status = jump(right, event, bars, log, extra, position)
-        crowded = abs(state.behind - event.t) <= near
-        status = be.choose(crowded, int(RetCode.SimultaneousEvents), status)
-        if saves is not None:
-            status = be.choose(jump.moving(event.index) & be.near(saves, event.t, near), int(RetCode.EventAtSaveTime),
-                               status)
         status = be.choose(state.status != 0, state.status, status)
-        return Sweep(left, position, t1, state.products + products, event.t, status)
+        return Sweep(left, position, t1, state.products + products, status)
 
-    start = Sweep(adjoint, be.newest(log), 0.0, 0, s.t1 + s.direction * abs(s.t1 - s.t0), 0)
+    start = Sweep(adjoint, be.newest(log), 0.0, 0, ambiguous(run, x, watch.entries))
     state = be.unwind(over, start, watch.entries, (ct.event_t, ct.event_u))
     first, _ = be.rewind(back, state.adjoint, log, extra, state.position, lambda *_: True)
     none = watch.count == 0
     t1 = be.choose(none, first.h, state.t1)
     products = state.products + solved.end.accepted * (stepper.stages - stepper.fsal)
     return first._replace(h=be.choose(none, first.h, 0.0)), t1, products, state.status
+
+
+def ambiguous(run: Run, x: Inputs, entries: Any) -> Any:
+    """Zero, or the code that says why the events of a solve leave its derivatives undefined: two at one time, or an
+    output on one whose time moves."""
+    be = run.be
+    s = span(be, x.t0, x.t1)
+    near = APART * abs(s.t1 - s.t0)
+    saves = None if run.saves in (None, "steps") else base.save_times(run, x, s)
+
+    def look(state: tuple, event: Any, _: Any, __: Any) -> tuple:
+        behind, status = state
+        status = be.choose(abs(behind - event.t) <= near, int(RetCode.SimultaneousEvents), status)
+        if saves is not None:
+            moving: Any = False
+            for k, e in enumerate(run.events):
+                if e.condition is not None:
+                    moving = moving | (event.index == k)
+            status = be.choose(moving & be.near(saves, event.t, near), int(RetCode.EventAtSaveTime), status)
+        return event.t, status
+
+    start = (s.t1 + s.direction * abs(s.t1 - s.t0), 0)
+    return be.unwind(look, start, entries, None)[1]
 
 
 class _Jump:
@@ -93,14 +108,6 @@ class _Jump:
         for i, (c, r) in enumerate(zip(functions.conditions, functions.affects, strict=True)):
             self.conditions.append(_preset(functions, i, zeros) if c is None else _pullback(run, x, c, params))
             self.affects.append((lambda t, u, ct: (ct, zeros, 0.0)) if r is None else _pullback(run, x, r, params))
-
-    def moving(self, i: Any) -> Any:
-        """Whether event `i` has a condition, so that its time depends on the solution."""
-        out: Any = False
-        for k, event in enumerate(self.events):
-            if event.condition is not None:
-                out = out | (i == k)
-        return out
 
     def __call__(self, right: Adjoint, event: Any, bars: Any, log: Any, extra: Any,
                  position: Any) -> tuple[Adjoint, Any, Any, Any]:
