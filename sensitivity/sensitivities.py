@@ -10,8 +10,8 @@ from .algorithms.forward import ForwardSensitivity
 from .choose import auto, choose
 from .errors import InputError, UnsupportedCombination
 from .gradient import checked_names
-from .integrate import RetCode
 from .probe import through_ad
+from .retcode import RetCode
 from .solution import Solution
 from .solve import checked, finished, prepare_options, warn_numerical
 

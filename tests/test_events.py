@@ -11,6 +11,8 @@ import sensitivity as sa
 
 GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "gold.json").read_text())["problems"]}
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+ALGORITHMS = ["RecursiveCheckpointAdjoint", "ForwardSensitivity", "ForwardADSensitivity"]
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 def numbers(name):
@@ -26,12 +28,14 @@ def agrees(name, value, got):
 # -- reference problems -----------------------------------------------------------------------------------------------
 
 
-def test_bouncing_ball(lab):
+@every_algorithm
+def test_bouncing_ball(lab, algorithm):
     xp, p = lab.xp, numbers("ev_bouncing_ball")
     prob = sa.ODEProblem(lambda t, u, p: xp.stack([u[1], -p["g"] + 0.0 * u[0]]), lab.array([p["h0"], p["v0"]]),
                          (0.0, 2.5), {k: lab.array(p[k]) for k in "ge"})
     floor = sa.Event(lambda t, u, p: u[0], lambda t, u, p: xp.stack([0.0 * u[0], -p["e"] * u[1]]), direction=-1)
-    r = sa.gradient(prob, sa.Tsit5(), lambda s: s.u[0, 0] + 0.5 * s.u[0, 1] ** 2, events=floor, **TIGHT)
+    r = sa.gradient(prob, sa.Tsit5(), lambda s: s.u[0, 0] + 0.5 * s.u[0, 1] ** 2, events=floor,
+                    sensealg=getattr(sa, algorithm)(), **TIGHT)
     agrees("ev_bouncing_ball", r.value, {**r.p, "h0": r.u0[0], "v0": r.u0[1]})
     # Flight times from the closed form.
     v = math.sqrt(p["v0"] ** 2 + 2 * p["g"] * p["h0"])
@@ -43,29 +47,33 @@ def test_bouncing_ball(lab):
     assert lab.numpy(r.solution.events.index)[:4].tolist() == [0] * 4
 
 
-def test_time_of_a_terminal_event(lab):
+@every_algorithm
+def test_time_of_a_terminal_event(lab, algorithm):
     xp, p = lab.xp, numbers("ev_pendulum_quarter_period")
     prob = sa.ODEProblem(lambda t, u, p: xp.stack([u[1], -p["g"] / p["l"] * xp.sin(u[0])]), lab.array([p["th0"], 0.0]),
                          (0.0, 1.0), {k: lab.array(p[k]) for k in "gl"})
     r = sa.gradient(prob, sa.Tsit5(), lambda s: s.events.t[0], events=sa.Event(lambda t, u, p: u[0], terminal=True),
-                    **TIGHT)
+                    sensealg=getattr(sa, algorithm)(), **TIGHT)
     assert r.solution.retcode == sa.RetCode.Terminated
     assert r.solution.success
     agrees("ev_pendulum_quarter_period", r.value, {**r.p, "th0": r.u0[0]})
 
 
 @pytest.mark.parametrize("where", ["events", "end"])
-def test_state_at_a_terminal_event(lab, where):
+@every_algorithm
+def test_state_at_a_terminal_event(lab, where, algorithm):
     xp, p = lab.xp, numbers("ev_terminal_state")
     prob = sa.ODEProblem(lambda t, u, p: xp.stack([u[1], -p["g"] + 0.0 * u[0]]), lab.array([p["h0"], p["v0"]]),
                          (0.0, 2.0), {"g": lab.array(p["g"])})
     read = {"events": lambda s: s.events.u[0, 1] ** 2, "end": lambda s: s.u[0, 1] ** 2}[where]
-    r = sa.gradient(prob, sa.Tsit5(), read, events=sa.Event(lambda t, u, p: u[0], terminal=True, direction=-1), **TIGHT)
+    r = sa.gradient(prob, sa.Tsit5(), read, events=sa.Event(lambda t, u, p: u[0], terminal=True, direction=-1),
+                    sensealg=getattr(sa, algorithm)(), **TIGHT)
     agrees("ev_terminal_state", r.value, {**r.p, "h0": r.u0[0], "v0": r.u0[1]})
 
 
 @pytest.mark.parametrize("kind", ["preset", "condition"])
-def test_dose_at_a_time_that_is_a_parameter(lab, kind):
+@every_algorithm
+def test_dose_at_a_time_that_is_a_parameter(lab, kind, algorithm):
     xp, p = lab.xp, numbers("ev_dose_time")
     prob = sa.ODEProblem(lambda t, u, p: xp.stack([-p["k"] * u[0], u[0]]), lab.array([p["D1"], 0.0]), (0.0, 3.0),
                          {k: lab.array(p[k]) for k in ("k", "D2", "td")})
@@ -76,7 +84,7 @@ def test_dose_at_a_time_that_is_a_parameter(lab, kind):
     event = {"preset": sa.PresetTimes(lambda p: xp.stack([p["td"]]), dose),
              "condition": sa.Event(lambda t, u, p: t - p["td"], dose)}[kind]
     r = sa.gradient(prob, sa.Tsit5(), lambda s: s.u[0, 0] ** 2 + s.u[1, 0] + s.u[1, 1], saveat=[2.0, 3.0], events=event,
-                    **TIGHT)
+                    sensealg=getattr(sa, algorithm)(), **TIGHT)
     agrees("ev_dose_time", r.value, {**r.p, "D1": r.u0[0]})
 
 
@@ -130,12 +138,13 @@ def truth(numpy_lab):
     return found
 
 
+@pytest.mark.parametrize("algorithm", ["RecursiveCheckpointAdjoint", "ForwardADSensitivity"])
 @pytest.mark.parametrize("saveat", [None, (0.33, 1.1, 1.77)], ids=["end", "times"])
-def test_exact_for_the_computed_solution(lab, truth, saveat):
+def test_exact_for_the_computed_solution(lab, truth, saveat, algorithm):
     prob, events = kicked(lab)
     given = None if saveat is None else lab.array(saveat)
     r = sa.gradient(prob, sa.Tsit5(), cost, wrt=("u0", "p", "t0", "t1"), events=events, saveat=given, max_events=8,
-                    **FIXED)
+                    sensealg=getattr(sa, algorithm)(), **FIXED)
     got = np.concatenate([lab.numpy(r.u0), lab.numpy(r.p), [float(r.t0)], [float(r.t1)]])
     # What is left is the round-off of the differences, 1e-16 / 1e-5 of the values.
     assert got == pytest.approx(truth[saveat], rel=1e-8, abs=5e-9)

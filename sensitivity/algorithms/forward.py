@@ -166,7 +166,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             terms.append((xp.concat([xp.reshape(v, (rows, -1)) for v in d.theta], axis=1), S_theta))
         if S_t0 is not None and d.t0 is not None:
             terms.append((d.t0[:, None], S_t0))
-        moved = []
+        moved: list[Any] = []
         for k, like in enumerate(terms[0][1]):
             if like is None:
                 moved.append(None)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ..integrate import Run
 from ..system import Inputs
 from . import base
-from .discrete import frozen_tangent
+from .frozen import frozen_tangent
 
 
 @dataclass(frozen=True)
