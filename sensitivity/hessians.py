@@ -13,12 +13,12 @@ from .assembled import assemble
 from .backend import Array
 from .choose import auto, choose, choose_vjp
 from .costs import Cost
-from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
+from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .gradient import _moved, _replaced, _selected, checked_names
-from .integrate import RetCode
 from .probe import through_ad
+from .retcode import RetCode
 from .second import paired, refuse_second, warn_differences
-from .solve import build, checked, finished, prepare_options
+from .solve import build, checked, finished, prepare_options, reverse_failure
 from .vjp import UserVJP
 
 
@@ -151,9 +151,7 @@ class _Product:
         bar = be.run(self.algorithm, "reverse", pair, (residuals, ct), self.wanted)
         status = be.concrete(bar.status)
         if status is not None and status != RetCode.Success:
-            raise SolveError(f"the reverse solve of {self.algorithm.name} failed: {RetCode(int(status)).name}",
-                             "the adjoint equation needs more steps than allowed",
-                             "sensealg=ForwardOverAdjoint(), or max_steps= larger", RetCode(int(status)))
+            raise reverse_failure(self.algorithm, RetCode(int(status)))
         pieces: list[Array] = []
         for name, size in self.parts:
             blocks = [bar.u0[:n]] if name == "u0" else bar.theta

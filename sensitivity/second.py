@@ -36,7 +36,7 @@ class TangentField(Field):
     The direction of the parameters, and a state, are the last of the inputs' `constants`.
     """
 
-    run: Run
+    run: Any = None
 
     @property
     def n(self) -> int:
@@ -132,7 +132,7 @@ def paired(algorithm: Any, run: Run, x: Inputs, d: Tangents) -> tuple[Run, Input
     """The run of state and tangent along the one direction `d`."""
     be, xp, n = run.be, run.be.xp, x.u0.shape[0]
     layout = Layout(be.flatten(x.u0)[1], ((2 * n,),))
-    field = TangentField(run.field.f, layout, run.field.p, run)
+    field = TangentField(run.field.f, layout, run.field.p, run.field.captured, run)
     norm = (FirstPart if algorithm.exact else WorstPart)(be.differentiable(), n, run.norm)
     direction = tuple(v[0, ...] for v in d.theta)
     rtol, atol = (xp.concat([v, v]) if getattr(v, "ndim", 0) else v for v in (x.rtol, x.atol))
@@ -169,8 +169,8 @@ def refuse_second(algorithm: Any, run: Run, wanted: frozenset[str]) -> None:
         cause = f"{algorithm.name} gives second derivatives in u0 and p only, not in times"
     elif run.dense:
         cause = "dense=True has no second derivatives"
-    elif run.kind is not None:
-        cause = "second derivatives are there for ordinary differential equations only"
+    elif run.kind is not None or run.events:
+        cause = "second derivatives are there for ordinary differential equations without events only"
     if cause:
         raise UnsupportedCombination(cause, "a second one was asked for",
                                      "sensealg=ForwardOverAdjoint(), saveat= and derivatives in u0 and p; or "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .algorithms.base import columns, directions
+from .algorithms.carried import carrying
 from .algorithms.forward import ForwardSensitivity
 from .choose import auto, choose
 from .errors import InputError, UnsupportedCombination
 from .gradient import checked_names
-from .integrate import RetCode
 from .probe import through_ad
+from .retcode import RetCode
 from .solution import Solution
 from .solve import checked, finished, prepare_options, warn_numerical
 
@@ -73,7 +74,7 @@ def forward_sensitivities(prob: Any, alg: Any = None, *, wrt: Any = "p", seeds: 
         rows = matrix.T
     algorithm, run = choose(run, x, algorithm)
     warn_numerical(algorithm)
-    out, aux, S = be.run(algorithm, "along", run, (x, directions(be, x, parts, rows)), wanted)
+    out, aux, S = be.run(carrying(algorithm, run), "along", run, (x, directions(be, x, parts, rows)), wanted)
     sol, out = finished(prob, run, x, algorithm, out, aux, on_failure)
     if on_failure != "return":
         S = be.nan_where(aux.status != int(RetCode.Success), S)

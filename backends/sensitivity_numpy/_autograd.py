@@ -38,10 +38,11 @@ def jvp(f, theta, d_theta):
     """`push(t, u, du, dt)`: by rows of the Jacobians, or, for few directions, by the transpose of the transpose."""
 
     def push(t, u, du, dt):
-        m, n = du.shape
+        m = du.shape[0]
         x = (float(t), u, *theta)
         directions = (np.zeros(m) if dt is None else dt, du, *d_theta)
         backward, out = make_vjp(lambda x: f(tuple(x[2:]))(x[0], x[1]), x)
+        n = np.asarray(out).shape[0]
         if n <= m:
             rows = (backward(e) for e in np.eye(n, dtype=np.asarray(out).dtype))
             columns = [sum(_dots(d, bar) for d, bar in zip(directions, row, strict=True)) for row in rows]

@@ -125,7 +125,8 @@ class SensitivityAlgorithm:
     def along(self, run: Run, x: Inputs, d: Tangents, wanted: frozenset[str]) -> tuple[Outputs, Aux, Array]:
         """Solve, and push the directions `d` forward: `(outputs, aux, (m, k, n))`."""
         out, aux, residuals = self.forward(run, x, wanted)
-        return out, aux, self.tangent(run, residuals, d)
+        moved = self.tangent(run, residuals, d)
+        return out, aux, moved.u if isinstance(moved, Outputs) else moved
 
 
 def save_times(run: Run, x: Inputs, s: Span) -> Any:

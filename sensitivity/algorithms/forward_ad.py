@@ -16,7 +16,7 @@ from ..backend import Array
 from ..integrate import Run
 from ..system import Inputs
 from . import base
-from .discrete import frozen_tangent
+from .frozen import frozen_tangent
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     exact: ClassVar[bool] = True
+    events: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def refuse(self, run: Run) -> None:
@@ -52,7 +53,9 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
         parts = base.columns(x, wanted)
         m = sum(size for _, size in parts)
         S = frozen_tangent(run, residuals, base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0)))
-        bars = xp.reshape(S, (m, -1)) @ xp.reshape(ct.u, (-1,))
+        moved = S if isinstance(S, base.Outputs) else base.Outputs(S)
+        bars = sum(xp.reshape(a, (m, -1)) @ xp.astype(xp.reshape(b, (-1,)), a.dtype)
+                   for a, b in zip(moved, ct, strict=True) if a is not None)
         pieces, start = {}, 0
         for name, size in parts:
             pieces[name] = bars[start:start + size]
