@@ -10,7 +10,7 @@ from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.retcode import RetCode
 from sensitivity.second import refuse_second, turned
-from sensitivity.solve import reverse_failure
+from sensitivity.solve import judge
 from sensitivity.system import Inputs
 
 from . import _autodiff, _levels
@@ -230,8 +230,8 @@ class Reverse(_Once):
         flat, ct = args[:count], args[count:]
         run = call.run
         bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted)
-        if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
-            raise reverse_failure(call.algorithm, RetCode(int(bar.status)))
+        if call.aux.status == RetCode.Success:
+            judge(call.algorithm, run.be, bar)
         theta = iter(bar.theta)
         out = []
         for i, name in call.slots(count):
