@@ -209,7 +209,8 @@ def test_fixed_steps_converge_at_the_order_of_the_method(name):
     [sa.BacksolveAdjoint(), sa.BacksolveAdjoint(checkpointing=False), sa.BacksolveAdjoint(seminorm=False),
      sa.InterpolatingAdjoint(), sa.InterpolatingAdjoint(checkpoints=3), sa.GaussAdjoint(),
      sa.GaussAdjoint(checkpointing=True), sa.GaussAdjoint(alg=sa.RK4()), sa.QuadratureAdjoint()],
-    ids=str,
+    ids=["backsolve", "no-checkpoints", "no-seminorm", "interpolating", "interpolating-3", "gauss", "gauss-stops", "rk4",
+         "quadrature"],
 )
 def test_work_is_counted(algorithm, saveat):
     counted = Counted()
@@ -438,8 +439,12 @@ def test_a_reverse_solve_without_steps_fails():
 # -- in each framework ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", [sa.BacksolveAdjoint(), sa.GaussAdjoint(checkpoints=3), sa.QuadratureAdjoint(),
-                                       sa.InterpolatingAdjoint(checkpoints=3)], ids=str)
+@pytest.mark.parametrize(
+    "algorithm",
+    [sa.BacksolveAdjoint(), sa.GaussAdjoint(checkpoints=3), pytest.param(sa.QuadratureAdjoint(), marks=pytest.mark.slow),
+     pytest.param(sa.InterpolatingAdjoint(checkpoints=3), marks=pytest.mark.slow)],
+    ids=lambda a: a.name,
+)
 def test_transforms_of_jax(algorithm):
     jax = pytest.importorskip("jax")
     prob = sa.ODEProblem(lambda t, u, p: -p * u + jax.numpy.sin(t), jax.numpy.array([1.0, 0.5]), (0.0, 1.0), 0.7)
@@ -502,8 +507,6 @@ def test_grad_of_autograd(numpy_lab, name):
 
 @pytest.mark.parametrize("name", FOUR)
 def test_single_precision(lab, name):
-    if lab.name == "jax" and name != "GaussAdjoint":
-        pytest.skip("one compilation of each kind is enough; the arithmetic is the same code")
     r, exact = (sa.gradient(lab.lotka_volterra(t1=1.0, dtype=dtype), sa.Dopri5(), lambda sol: (sol.u**2).sum(),
                             sensealg=a, rtol=tol, atol=tol)
                 for dtype, tol, a in (("float32", 2e-5, getattr(sa, name)()),
