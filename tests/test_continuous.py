@@ -209,8 +209,8 @@ def test_fixed_steps_converge_at_the_order_of_the_method(name):
     [sa.BacksolveAdjoint(), sa.BacksolveAdjoint(checkpointing=False), sa.BacksolveAdjoint(seminorm=False),
      sa.InterpolatingAdjoint(), sa.InterpolatingAdjoint(checkpoints=3), sa.GaussAdjoint(),
      sa.GaussAdjoint(checkpointing=True), sa.GaussAdjoint(alg=sa.RK4()), sa.QuadratureAdjoint()],
-    ids=["backsolve", "no-checkpoints", "no-seminorm", "interpolating", "interpolating-3", "gauss", "gauss-stops", "rk4",
-         "quadrature"],
+    ids=["backsolve", "no-checkpoints", "no-seminorm", "interpolating", "interpolating-3", "gauss", "gauss-stops",
+         "rk4", "quadrature"],
 )
 def test_work_is_counted(algorithm, saveat):
     counted = Counted()
@@ -441,7 +441,8 @@ def test_a_reverse_solve_without_steps_fails():
 
 @pytest.mark.parametrize(
     "algorithm",
-    [sa.BacksolveAdjoint(), sa.GaussAdjoint(checkpoints=3), pytest.param(sa.QuadratureAdjoint(), marks=pytest.mark.slow),
+    [sa.BacksolveAdjoint(), sa.GaussAdjoint(checkpoints=3),
+     pytest.param(sa.QuadratureAdjoint(), marks=pytest.mark.slow),
      pytest.param(sa.InterpolatingAdjoint(checkpoints=3), marks=pytest.mark.slow)],
     ids=lambda a: a.name,
 )
