@@ -1,12 +1,16 @@
 """Gradients through differential equations: one API for NumPy/SciPy, JAX and PyTorch."""
 
+from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
+from .algorithms.gauss import GaussAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
+from .algorithms.quadrature import QuadratureAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
+from .blackbox import BlackBox, ScipySolver
 from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
 from .control import FixedStep, PIController
@@ -28,6 +32,8 @@ from .errors import (
     TimesError,
     ToleranceError,
     TracingError,
+    UnstableSensealgError,
+    UnstableSensealgWarning,
     UnsupportedCombination,
 )
 from .events import Event, PresetTimes
@@ -48,6 +54,8 @@ __all__ = [
     "RK4",
     "VJP",
     "BackendMissingError",
+    "BacksolveAdjoint",
+    "BlackBox",
     "BrokenGradientError",
     "CapturedValueError",
     "CheckedGradient",
@@ -65,6 +73,7 @@ __all__ = [
     "ForwardOverAdjoint",
     "ForwardSensitivity",
     "ForwardVJP",
+    "GaussAdjoint",
     "Gradient",
     "GradientCheck",
     "Heun",
@@ -79,10 +88,12 @@ __all__ = [
     "PIController",
     "PresetTimes",
     "ProbeWarning",
+    "QuadratureAdjoint",
     "RecursiveCheckpointAdjoint",
     "RetCode",
     "ReverseVJP",
     "RungeKutta",
+    "ScipySolver",
     "SensitivityAlgorithm",
     "SensitivityError",
     "SensitivityWarning",
@@ -94,6 +105,8 @@ __all__ = [
     "ToleranceError",
     "TracingError",
     "Tsit5",
+    "UnstableSensealgError",
+    "UnstableSensealgWarning",
     "UnsupportedCombination",
     "UserVJP",
     "__version__",

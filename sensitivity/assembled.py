@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from .algorithms.base import size_of
 from .costs import ContinuousCost, Cost, DiscreteCost, at_index
-from .errors import InputError, TimesError
+from .errors import InputError, TimesError, UnsupportedCombination
 from .integrate import Run
-from .running import check_integrand, with_running_cost
+from .running import check_integrand, events_of_pair, with_running_cost
 from .solution import Gradient, Solution
 from .system import Inputs
 
@@ -66,13 +66,14 @@ class Assembled:
 
     def view(self, be: Any, sol: Solution) -> Solution:
         """The solution of the user's own problem."""
-        u, prob, dense = sol.u, sol.prob, sol.dense
+        u, prob, dense, events = sol.u, sol.prob, sol.dense, sol.events
         if self.running:
             u, prob = u[0], self.own.remake(u0=prob.u0[0], p=prob.p, tspan=prob.tspan)
             dense = None if dense is None else lambda t: sol(t)[0]
+            events = None if events is None else replace(events, u=events.u[0])
         leaves, structure = be.flatten(u)
         rows = be.unflatten(structure, [v[self.shown, ...] for v in leaves])
-        return replace(sol, t=sol.t[self.shown], u=rows, prob=prob, dense=dense)
+        return replace(sol, t=sol.t[self.shown], u=rows, prob=prob, dense=dense, events=events)
 
     def finished(self, be: Any, r: Gradient, original: Any, names: tuple[str, ...]) -> Gradient:
         """The result for the user's own problem."""
@@ -250,6 +251,12 @@ def assemble(prob: Any, cost: Cost, options: dict[str, Any], run: Run, x: Inputs
                 check_integrand(be, term.g, be.time(be.scalar(x.t0)), u, p, options.get("probe", "raise"), wrt)
         n = size_of(x.u0)
         prob = with_running_cost(prob, running, run, x)
+        if run.events:
+            if ended and any(event.terminal for event in run.events):
+                raise UnsupportedCombination("a running cost beside other save times does not go with terminal events",
+                                             "the end, where the integral is read, may not be reached",
+                                             "the running cost alone, or with a callable of the end: saveat=None")
+            options["events"] = events_of_pair(options["events"])
         options["norm"] = WorstPart(be.differentiable(), n, run.norm)
         for name in ("rtol", "atol"):
             if getattr(getattr(x, name), "ndim", 0):

@@ -34,12 +34,14 @@ class Backend(Loops):
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
+    holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
     namespace, array_call, copy_call : how users write the namespace, a new array and a copying method, for hints.
     """
 
     name: str
     modes: frozenset[str] = frozenset()
     opaque = False
+    holds_numpy = False
     attaches = False
     complex = True
     how_to_get_ad = ""

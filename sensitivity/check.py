@@ -24,7 +24,7 @@ from .gradient import checked_names, gradient
 from .probe import through_ad
 from .solve import checked, prepare_options, solve
 
-STEPS = tuple(0.04 / 2.0**k for k in range(5))
+STEPS = tuple(0.01 / 2.0**k for k in range(5))
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ def _gradient_arrays(be: Any, run: Any, r: Any, names: tuple[str, ...]) -> list[
 
 
 def _order(rests: tuple[float, ...], noise: float) -> float | None:
-    """Slope of the line through `(log h, log rest)` for the rests above the noise; None if they are too few."""
-    points = [(math.log(h), math.log(r)) for h, r in zip(STEPS, rests, strict=True) if r > noise]
+    """Slope of the line through `(log h, log rest)` for the last three above the noise; None if there are fewer."""
+    points = [(math.log(h), math.log(r)) for h, r in zip(STEPS, rests, strict=True) if r > noise][-3:]
     if len(points) < 3:
         return None
     a, b = (sum(p[i] for p in points) / len(points) for i in (0, 1))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from .algorithms.discrete import RecursiveCheckpointAdjoint
+from .algorithms.gauss import GaussAdjoint
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .system import Inputs
@@ -38,8 +39,12 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
     """
     because: tuple[str, ...] = ()
     if sensealg is auto:
-        sensealg = RecursiveCheckpointAdjoint()
-        because = ("exact gradient of the computed solution; costs one product with the derivatives of f per stage",)
+        sensealg, reason = _algorithm(run)
+        because = (reason,)
+    elif sensealg.exact and not run.method.one_step:
+        raise UnsupportedCombination(f"{sensealg.name} cannot differentiate {run.method.name}",
+                                     "it needs the stages of each step, and the method keeps them to itself",
+                                     "sensealg=GaussAdjoint(), InterpolatingAdjoint() or ForwardSensitivity()")
     vjp = sensealg.vjp
     if vjp is None or vjp is auto:
         vjp, reason = choose_vjp(run, x, verify)
@@ -53,6 +58,14 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
                                      "sensealg=RecursiveCheckpointAdjoint()")
     sensealg.refuse(run)
     return replace(sensealg, vjp=vjp, because=because), run
+
+
+def _algorithm(run: Run) -> tuple[Any, str]:
+    """The algorithm that suits the method."""
+    if not run.method.one_step:
+        return GaussAdjoint(), f"{run.method.name} shows its solution and not its stages, so the adjoint is continuous"
+    return RecursiveCheckpointAdjoint(), ("exact gradient of the computed solution; costs one product with the "
+                                          "derivatives of f per stage")
 
 
 def choose_vjp(run: Run, x: Inputs, verify: bool = True) -> tuple[VJP, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .algorithms.base import Aux, Outputs
+from .algorithms.base import Aux, Outputs, bound
 from .errors import TimesError
 from .integrate import Run
 from .system import Inputs
@@ -24,6 +24,8 @@ class DenseOutput:
 
     @cached_property
     def log(self) -> Any:
+        if self.out.nodes is None:
+            return self.aux.mesh
         return self.run.be.unstacked(*self.aux.mesh, self.out.nodes, self.out.stages, self.aux.accepted)
 
     def __call__(self, t: Any) -> Any:
@@ -38,7 +40,7 @@ class DenseOutput:
                 raise TimesError(f"sol({value:g}) lies outside tspan=({t0:g}, {t1:g})",
                                  "the solver does not extrapolate", "choose t inside the span")
         direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
-        stepper = run.stepper(run.field.bind(be, x.theta, x.constants))
+        stepper = bound(run, x)
         rows = be.sample(stepper.interpolate, self.log, be.scalars(ts), x.u0, direction)
         leaves = layout.unravel(be, rows[0, :] if single else rows)
         return be.unflatten(layout.structure, leaves)

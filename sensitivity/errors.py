@@ -120,6 +120,12 @@ class SolveError(SensitivityError, RuntimeError):
         return type(self), (*self.args[:5], None), self.__dict__ or None
 
 
+class UnstableSensealgError(SolveError):
+    """The state could not be integrated backwards, so that the gradient would have been nonsense."""
+
+    code = "SN202"
+
+
 class BackendMissingError(SensitivityError, ImportError):
     """The package that a backend needs is not installed."""
 
@@ -136,3 +142,7 @@ class NumericalDerivativeWarning(SensitivityWarning):
 
 class ProbeWarning(SensitivityWarning):
     """What the first-call check found in `f`, as a warning: with `probe="warn"`, and for an unexpected precision."""
+
+
+class UnstableSensealgWarning(SensitivityWarning):
+    """The state integrated backwards misses the stored one by more than 100 tolerances: the gradient loses digits."""

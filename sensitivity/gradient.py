@@ -17,7 +17,7 @@ from .integrate import Run
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
-from .solve import build, checked, count, finished, prepare_options, reverse_failure, warn_numerical
+from .solve import build, checked, count, finished, judge, prepare_options, warn_numerical
 from .system import Inputs
 from .vjp import sizes
 
@@ -147,8 +147,10 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol, wanted)
     bar: Cotangents = be.run(worker, "reverse", run, (residuals, ct), wanted)
     status = be.concrete(bar.status)
-    if status is not None and status != RetCode.Success and on_failure == "raise" and sol.success:
-        raise reverse_failure(algorithm, RetCode(int(status)), sol)
+    if on_failure == "raise" and sol.success:
+        judge(algorithm, be, bar, sol)
+    if bar.mismatch is not None:
+        sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
     parts: dict[str, Any] = {"u0": (bar.u0,), "theta": bar.theta}
     parts |= {n: (be.time_vector(getattr(bar, n), x.u0),) for n in wanted - parts.keys()}
@@ -161,6 +163,12 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
             rows = tuple(a + b for a, b in zip(rows, direct[name], strict=True))
         total[name] = rows if name == "theta" else rows[0]
     return _result(run, x, value, total, sol, algorithm)
+
+
+def _number(be: Any, x: Any) -> Any:
+    """A number where it is known."""
+    value = be.concrete(x)
+    return x if value is None else value
 
 
 def _through(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: Any, wanted: frozenset[str],

@@ -50,9 +50,9 @@ class Run:
         """Whether outputs are wanted inside the steps of the forward solve."""
         return self.dense or self.interpolated or bool(self.events) or self.saves not in (None, "steps")
 
-    def stepper(self, rhs: Callable) -> Stepper:
+    def stepper(self, rhs: Callable, jac: Any = None) -> Stepper:
         """The method of the forward solve, bound to `rhs`."""
-        return self.method.bind(self.be, rhs, self.inside)
+        return self.method.bind(self.be, rhs, self.inside, jac)
 
 
 class State(NamedTuple):
@@ -115,6 +115,8 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
     `h` is a first step size to try; without it (and without `run.dt`) one is chosen. `watch` looks for events.
     """
     be, controller = run.be, run.controller
+    if not stepper.one_step:
+        return stepper.march(run, s, u0, rtol, atol, sink, h, limit or run.max_steps)
     norm = norm or run.norm or be.rms
     k0 = stepper.first(be.time(s.t0 if s.shift is None else s.t0 + s.shift[0]), u0)
     if h is None:

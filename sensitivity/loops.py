@@ -350,8 +350,18 @@ class Loops:
             out = out * points + c
         return out + 0.0 * points
 
-    def lookup(self, interpolate: Callable, log: Any) -> Callable[[Scalar], Array]:
-        """Dense output over a whole log: `t -> u(t)`."""
+    def fold(self, body: Callable, state: Any) -> Any:
+        """A sink that keeps no record: its result is `state` after `state = body(state, record)` for each."""
+        return _Fold(body, state)
+
+    def joined(self, a: Any, b: Any) -> Any:
+        """Times `a` followed by times `b`, as the loops keep them."""
+        return [*a, *b]
+
+    def lookup(self, interpolate: Callable, log: Any, otherwise: Array | None = None) -> Callable[[Scalar], Array]:
+        """Dense output over a whole log: `t -> u(t)`; `otherwise` is the answer of an empty log."""
+        if not log and otherwise is not None:
+            return lambda t: otherwise
         starts = [r.t for r in log]
         sign = 1.0 if not log or log[0].h >= 0 else -1.0
         keys = [sign * t for t in starts]
@@ -361,6 +371,12 @@ class Loops:
             return interpolate(log[n], [t])[0, :]
 
         return dense
+
+    def place(self, log: Any) -> Callable[[Scalar], Any]:
+        """`t -> number of the step around t`; only differences of these numbers mean something."""
+        sign = 1.0 if not log or log[0].h >= 0 else -1.0
+        keys = [sign * r.t for r in log]
+        return lambda t: bisect.bisect_right(keys, sign * t)
 
     def sample(self, interpolate: Callable, log: Any, ts: Any, u0: Array, direction: Scalar) -> Array:
         """States at times `ts` (any order, repeats allowed) from a log; shape `(len(ts), n)`."""
@@ -400,6 +416,17 @@ class _Store(list):
 
     def result(self) -> _Store:
         return self
+
+
+class _Fold:
+    def __init__(self, body: Callable, state: Any) -> None:
+        self.body, self.state = body, state
+
+    def add(self, record: Record) -> None:
+        self.state = self.body(self.state, record)
+
+    def result(self) -> Any:
+        return self.state
 
 
 class _Sampler:

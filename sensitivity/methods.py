@@ -17,6 +17,13 @@ class Method:
     """Base of all methods."""
 
     references: ClassVar[tuple[str, ...]] = ()
+    implicit: ClassVar[bool] = False
+    one_step: ClassVar[bool] = True
+
+    def missing(self, be: Any) -> str | None:
+        """Why this method cannot run on a backend, or None."""
+        del be
+        return None
 
     @property
     def name(self) -> str:
@@ -27,8 +34,9 @@ class Method:
         """Whether steps have an error estimate."""
         raise NotImplementedError
 
-    def bind(self, be: Any, rhs: Any, dense: bool) -> Stepper:
-        """The method for `u' = rhs(t, u)`; `dense` asks for output between the steps."""
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
+        """The method for `u' = rhs(t, u)`; `dense` asks for output between the steps, `jac` is what is known of
+        the derivative of `rhs` (a `Jacobian`)."""
         raise NotImplementedError
 
 
@@ -46,7 +54,7 @@ class RungeKutta(Method):
         """The form in use: with `f(t1, u1)` as last stage when errors are controlled or dense output needs it."""
         return _form(self.base, (dense and self.base.dense is None) or self.adaptive)
 
-    def bind(self, be: Any, rhs: Any, dense: bool) -> Stepper:
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
         return Explicit(be, self.tableau(dense), rhs)
 
 

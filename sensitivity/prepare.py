@@ -7,11 +7,12 @@ from numbers import Integral
 from typing import Any
 
 from . import probe as first_call
+from .blackbox import BlackBox
 from .control import FixedStep, PIController
 from .errors import InputError, TimesError, ToleranceError, UnsupportedCombination
 from .events import Watched, watched
 from .integrate import Run
-from .methods import RungeKutta, Tsit5
+from .methods import Method, Tsit5
 from .problems import ODEProblem
 from .registry import registry
 from .system import Field, Inputs, Layout, Partition, Products
@@ -41,7 +42,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     if isinstance(method, type):
         raise InputError(f"alg={method.__name__} is a class, not a method", "methods have options",
                          f"alg={method.__name__}()")
-    if not isinstance(method, RungeKutta):
+    if not isinstance(method, Method):
         raise InputError(f"alg={alg!r} is not a method", "methods are objects, not names", "alg=sa.Tsit5()")
     if prob.mass_matrix is not None:
         raise UnsupportedCombination(f"{method.name} cannot use a mass matrix", "explicit methods solve u' = f",
@@ -49,6 +50,11 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     _choice("probe", probe, ("raise", "warn", "off"))
 
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
+    if missing := method.missing(be):
+        raise UnsupportedCombination(f"{method.name} cannot run on the {be.name} backend", missing,
+                                     "alg=sa.Tsit5(), or NumPy arrays throughout")
+    if isinstance(method, BlackBox):
+        method.accept(controller, events=events, norm=norm, tstops=tstops, dtmin=dtmin)
     u_leaves, u_structure = be.flatten(prob.u0)
     if not u_leaves:
         raise InputError(f"u0={prob.u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
@@ -82,7 +88,8 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1, max_events)
     run = Run(
         be=be, backend=be.name, field=field, method=method, controller=controller, vjp=None,
-        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=saves, dense=bool(dense), dt=dt,
+        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity), saves=saves,
+        dense=bool(dense), dt=dt,
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
         max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,
         max_events=max_events, carried=tuple(tuple(v.shape) for v in theta[:partition.count]) if changes else (),

@@ -16,3 +16,4 @@ class RetCode(IntEnum):
     GrazingEvent = 7
     SimultaneousEvents = 8
     EventAtSaveTime = 9
+    Unstable = 10

@@ -1,15 +1,16 @@
-"""A running cost as one more state: `(u, q)` with `u' = f(t, u, p)`, `q' = g(t, u, p)`, and its derivatives."""
+"""A running cost as one more state: the pair `[u, q]` with `u' = f(t, u, p)` and `q' = g(t, u, p)`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import probe as first_call
 from .costs import ContinuousCost
 from .errors import InputError, UnsupportedCombination
+from .events import Event, changes_parameters
 from .integrate import Run
 from .problems import ODEProblem
 from .system import Inputs
@@ -17,14 +18,48 @@ from .system import Inputs
 
 @dataclass(frozen=True)
 class RunningField:
-    """The vector field of `(u, q)`."""
+    """The vector field of `[u, q]`."""
 
     f: Callable[..., Any]
     g: Callable[..., Any]
 
     def __call__(self, t: Any, y: Any, p: Any) -> Any:
         u, q = y
-        return self.f(t, u, p), 0.0 * q + self.g(t, u, p)
+        return [self.f(t, u, p), 0.0 * q + self.g(t, u, p)]
+
+
+@dataclass(frozen=True)
+class OwnCondition:
+    """An event's condition for the pair `[u, q]`."""
+
+    condition: Callable[..., Any]
+
+    def __call__(self, t: Any, y: Any, p: Any) -> Any:
+        return self.condition(t, y[0], p)
+
+
+@dataclass(frozen=True)
+class OwnAffect:
+    """An event's affect for the pair `[u, q]`: the integral does not jump."""
+
+    affect: Callable[..., Any]
+
+    def __call__(self, t: Any, y: Any, p: Any) -> Any:
+        u, q = y
+        out = self.affect(t, u, p)
+        return ([out[0], q], out[1]) if changes_parameters(out, u) else [out, q]
+
+
+def events_of_pair(events: Any) -> list[Any]:
+    """The user's events, for the pair `[u, q]`."""
+    out = []
+    for event in events if isinstance(events, list | tuple) else [events]:
+        affect = None if event.affect is None else OwnAffect(event.affect)
+        if isinstance(event, Event):
+            out.append(replace(event, condition=OwnCondition(event.condition), affect=affect))
+        else:
+            out.append(replace(event, affect=affect))
+    return out
 
 
 @dataclass(frozen=True)
@@ -38,7 +73,7 @@ class Total:
 
 
 def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x: Inputs) -> ODEProblem:
-    """The problem of the pair `(u, q)`; `run` and `x` are those of `prob`.
+    """The problem of the pair `[u, q]`; `run` and `x` are those of `prob`.
 
     Raises
     ------
@@ -61,7 +96,7 @@ def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x:
                                      "a DiscreteCost, or a callable of the solution at many times")
     g = costs[0].g if len(costs) == 1 else Total(tuple(c.g for c in costs))
     zero = be.asarray(0.0, dtype=x.u0.dtype, device=be.device(x.u0))
-    changes: dict[str, Any] = {"f": RunningField(prob.f, g), "u0": (prob.u0, zero), "jac_sparsity": None}
+    changes: dict[str, Any] = {"f": RunningField(prob.f, g), "u0": [prob.u0, zero], "jac_sparsity": None}
     own = all(c.dgdu is not None for c in costs)
     products = (("vjp", RunningVJP), ("jvp", RunningJVP), ("jac", RunningJac), ("paramjac", RunningParamJac))
     for name, extended in products:
@@ -125,7 +160,7 @@ class RunningVJP(_Extended):
             for slopes in self.slopes(name, t, u, p):
                 leaves = [a + lam_q * b for a, b in zip(leaves, slopes, strict=True)]
             out.append(be.unflatten(structure, leaves))
-        return (out[0], 0.0 * q), out[1]
+        return [out[0], 0.0 * q], out[1]
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,7 @@ class RunningJVP(_Extended):
         for name, moved in (("dgdu", du), ("dgdp", dp)):
             for slopes in self.slopes(name, t, u, p):
                 dq = dq + sum(be.xp.sum(a * b) for a, b in zip(slopes, be.flatten(moved)[0], strict=True))
-        return self.given(t, u, p, du, dp), dq
+        return [self.given(t, u, p, du, dp), dq]
 
 
 @dataclass(frozen=True)

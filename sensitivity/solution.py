@@ -20,6 +20,8 @@ class Stats:
     ----------
     nfe : evaluations of `f`. nvjp : products with its transposed derivatives. njac, nlu, nsolve : Jacobians,
         factorisations, linear solves. naccept, nreject : accepted and rejected steps.
+    mismatch, drift : how far the state integrated backwards by `BacksolveAdjoint` was from the stored one, at worst: in
+        tolerances, and relative to the state; None for algorithms that do not do that.
     """
 
     nfe: Any = 0
@@ -29,6 +31,8 @@ class Stats:
     nsolve: Any = 0
     naccept: Any = 0
     nreject: Any = 0
+    mismatch: Any = None
+    drift: Any = None
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

@@ -112,7 +112,8 @@ def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux
     u, times = be.trimmed(out.u, aux.ts, aux.accepted) if run.saves == "steps" else (out.u, aux.ts)
     tree = be.unflatten(layout.structure, layout.unravel(be, u))
     accepted, rejected, nfe = (count(be, v) for v in (aux.accepted, aux.rejected, aux.nfe))
-    stats = Stats(nfe=nfe, naccept=accepted, nreject=rejected)
+    njac, nlu, nsolve = (count(be, v) for v in aux.algebra)
+    stats = Stats(nfe=nfe, njac=njac, nlu=nlu, nsolve=nsolve, naccept=accepted, nreject=rejected)
     code = be.concrete(aux.status)
     retcode = aux.status if code is None else RetCode(int(code))
     events = None
@@ -163,7 +164,7 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     what, why, fix = {
         RetCode.MaxSteps: (
             f"max_steps={min(run.max_steps, run.capacity)} reached {where}",
-            f"the problem may be stiff for {run.method.name}, an explicit method",
+            f"the problem may be too stiff for {run.method.name}",
             "max_steps= larger, looser tolerances, or rescale the problem"),
         RetCode.DtMin: (f"the step size became too small {where}", "the solution may blow up there, or f jump",
                         "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
@@ -181,6 +182,14 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     return SolveError(what, why, fix, code, t, sol)
 
 
+def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
+    """Raise for a reverse pass that failed, and let the algorithm say what it found; what is only traced is let be."""
+    status = be.concrete(bar.status)
+    algorithm.verdict(bar, status, None if bar.mismatch is None else be.concrete(bar.mismatch))
+    if status is not None and status != RetCode.Success:
+        raise reverse_failure(algorithm, RetCode(int(status)), sol)
+
+
 def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:
     """The error that says why there is no gradient."""
     name = f"{algorithm.name} has no gradient to give: "
@@ -193,7 +202,7 @@ def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveErro
                                   "it would be the state before or behind the event after the smallest change",
                                   "read sol.events.u, or save a little earlier or later"),
     }.get(code, (f"the reverse solve of {algorithm.name} failed: {code.name}",
-                 "the adjoint equation needs more steps than allowed",
+                 "the adjoint equation needs more steps than allowed, or cannot be followed backwards",
                  "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger"))
     return SolveError(what, why, fix, code, None, sol)
 

@@ -32,6 +32,7 @@ class Stepper:
     order : of the solution.
     stages : rows of the stage derivatives `K` in a record.
     fsal : whether the last stage is `f` at the end of the step, which the next step then starts from.
+    one_step : whether steps can be made one at a time; else `march` makes them all.
     """
 
     be: Any
@@ -39,6 +40,22 @@ class Stepper:
     order: int
     stages: int
     fsal: bool = False
+    one_step: bool = True
+
+    def march(self, run: Any, s: Any, u0: Array, rtol: Any, atol: Any, sink: Any, h: Scalar | None,
+              limit: int) -> tuple[Any, Any]:
+        """A whole span at once, for methods that choose their own steps (`one_step` is False); see `integrate`."""
+        raise NotImplementedError
+
+    def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
+        """Jacobians, factorisations and linear solves."""
+        del attempts, iterations, adaptive
+        return 0, 0, 0
+
+    def dilution(self, parts: Any) -> float:
+        """What tolerances are to be multiplied with where the method's own norm mixes parts of these sizes."""
+        del parts
+        return 1.0
 
     def first(self, t: Any, u: Array) -> Array | None:
         """What the first step of a segment needs to know beforehand: `f(t, u)`, or None."""

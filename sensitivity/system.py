@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .backend import Array, Backend, Tree
@@ -84,6 +84,7 @@ class Products:
     jvp: Any = None
     jac: Any = None
     paramjac: Any = None
+    sparsity: Any = field(default=None, compare=False)
 
 
 class Inputs(NamedTuple):

@@ -86,7 +86,8 @@ def jax_lab():
 # Compiling is what takes the time on JAX; one case of each kind stays among the quick tests.
 SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "ForwardSensitivity", "test_loss_of",
                "ForwardADSensitivity", "test_the_discrete_tangent_is", "test_dense_output_by_both",
-               "test_every_product")
+               "BacksolveAdjoint", "GaussAdjoint", "QuadratureAdjoint",
+               "test_residuals", "test_every_product")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
 
 

@@ -265,6 +265,35 @@ def test_what_does_not_go_together(lab):
         cost + 3.0
 
 
+@pytest.mark.parametrize("sensealg", [sa.RecursiveCheckpointAdjoint(), sa.ForwardADSensitivity()],
+                         ids=lambda s: s.name)
+def test_running_cost_over_an_event(lab, sensealg):
+    """u' = -k u jumps up by 1 where it falls to c: G = (u0 - c) / k + (c + 1) (1 - e^{-k (T - t*)}) / k."""
+    k, u0, c, T = 0.8, 1.5, 0.5, 2.0
+    refill = sa.Event(lambda t, u, p: u[0] - c, lambda t, u, p: u + 1.0, direction=-1)
+    prob = sa.ODEProblem(lambda t, u, p: -p * u, lab.array([u0]), (0.0, T), lab.array([k]))
+    r = sa.gradient(prob, sa.Tsit5(), sa.ContinuousCost(lambda t, u, p: u[0]), sensealg=sensealg, events=refill,
+                    wrt=("u0", "p", "t1"), **TIGHT, **({"max_steps": 64, "max_events": 4} if lab.name == "jax" else {}))
+    at = np.log(u0 / c) / k
+    e = np.exp(-k * (T - at))
+    by_at = -(c + 1) * e
+    by_k = -(u0 - c) / k**2 - (c + 1) * (1 - e) / k**2 + (c + 1) * (T - at) * e / k - by_at * at / k
+    np.testing.assert_allclose(lab.numpy(r.value), (u0 - c) / k + (c + 1) * (1 - e) / k, rtol=1e-8)
+    np.testing.assert_allclose(lab.numpy(r.u0), [1 / k + by_at / (k * u0)], rtol=1e-8)
+    np.testing.assert_allclose(lab.numpy(r.p), [by_k], rtol=1e-8)
+    np.testing.assert_allclose(lab.numpy(r.t1), (c + 1) * e, rtol=1e-8)
+    assert r.solution.events.u.shape == (1, 1)
+
+
+def test_a_terminal_event_is_no_place_for_other_rows(numpy_lab):
+    stop = sa.Event(lambda t, u, p: u[0] - 0.5, terminal=True)
+    r = sa.gradient(decay(numpy_lab), sa.Tsit5(), sa.ContinuousCost(lambda t, u, p: u[0]), events=stop, **TIGHT)
+    np.testing.assert_allclose(r.value, (U0 - 0.5) / K, rtol=1e-8)
+    np.testing.assert_allclose(r.p, [-(U0 - 0.5) / K**2], rtol=1e-8)
+    with pytest.raises(sa.UnsupportedCombination, match="terminal"):
+        sa.gradient(decay(numpy_lab), sa.Tsit5(), running() + terminal(numpy_lab), events=stop)
+
+
 def test_float32(lab):
     prob = sa.ODEProblem(lambda t, u, p: -p[0] * u, lab.array([U0], "float32"), (0.0, 2.0), lab.array([K], "float32"))
     r = sa.gradient(prob, sa.Tsit5(), running() + terminal(lab), rtol=2e-5, atol=1e-6)

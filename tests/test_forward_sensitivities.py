@@ -84,6 +84,24 @@ def test_steps_of_the_solver(lab):
     np.testing.assert_allclose(lab.numpy(S).sum((0, 1)), lab.numpy(r.p), rtol=1e-11)
 
 
+def test_over_an_event(lab):
+    """Exact for the computed solution, so equal to the adjoint; a parameter jumps as well."""
+    jump = sa.Event(lambda t, u, p: u[0] - 0.7, lambda t, u, p: (u + 1.0, 2.0 * p), direction=-1)
+    limits = {"max_steps": 64, "max_events": 4} if lab.name == "jax" else {}
+    options = {"events": jump, "rtol": 1e-4, "atol": 1e-6, **limits}
+    sol, S = sa.forward_sensitivities(decay(lab), sa.Tsit5(), wrt=("u0", "p"), sensealg=sa.ForwardADSensitivity(),
+                                      **options)
+    assert len(sol.events) == 2
+    a, b = (sa.gradient(decay(lab), sa.Tsit5(), lambda sol: sol.u.sum() + sol.events.t[0], sensealg=s, **options)
+            for s in (sa.RecursiveCheckpointAdjoint(), sa.ForwardADSensitivity()))
+    for name in ("u0", "p"):
+        np.testing.assert_allclose(lab.numpy(getattr(a, name)), lab.numpy(getattr(b, name)), rtol=1e-11, atol=1e-13)
+    c = sa.gradient(decay(lab), sa.Tsit5(), lambda sol: sol.u.sum(), **options)
+    np.testing.assert_allclose(lab.numpy(S).sum((0, 1)), np.concatenate([lab.numpy(c.u0), lab.numpy(c.p)]), rtol=1e-11)
+    with pytest.raises(sa.UnsupportedCombination, match="events"):
+        sa.forward_sensitivities(decay(lab), sa.Tsit5(), **options)
+
+
 def test_pytrees_are_raveled_in_order(lab):
     u0 = {"x": lab.array([[1.0, 2.0]]), "v": lab.array(3.0)}
     p = {"k": lab.array([0.5]), "count": 2, "a": lab.array(0.25)}

@@ -11,8 +11,8 @@ GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "go
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "gold" / "gold_problems.json"
 STIFF = {"ode_robertson": "stiff: an explicit method would need millions of steps"}
 PROBLEMS = [n for n in GOLD if n.startswith("ode_") and n not in STIFF and "integral" not in GOLD[n]["loss"]]
-ALGORITHMS = ["RecursiveCheckpointAdjoint", "InterpolatingAdjoint", "ForwardSensitivity", "ForwardADSensitivity",
-              "DirectAdjoint"]
+ALGORITHMS = ["RecursiveCheckpointAdjoint", "InterpolatingAdjoint", "BacksolveAdjoint", "GaussAdjoint",
+              "QuadratureAdjoint", "ForwardSensitivity", "ForwardADSensitivity", "DirectAdjoint"]
 
 
 def setup(lab, P):

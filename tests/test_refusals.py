@@ -61,8 +61,6 @@ def test_signatures_of_the_algorithms():
     [
         lambda: sa.RecursiveCheckpointAdjoint(checkpoints=10),
         lambda: sa.RecursiveCheckpointAdjoint(memory="2GB"),
-        lambda: sa.InterpolatingAdjoint(checkpointing=True),
-        lambda: sa.InterpolatingAdjoint(checkpoints=[1.0, 2.0]),
     ],
 )
 def test_schedules_that_do_not_exist_are_refused(make):

@@ -157,6 +157,7 @@ def test_differences_on_request(lab):
         ({"sensealg": sa.ForwardSensitivity()}, sa.UnsupportedCombination, "RecursiveCheckpointAdjoint"),
         ({"sensealg": sa.DirectAdjoint()}, sa.UnsupportedCombination, "RecursiveCheckpointAdjoint"),
         ({"dense": True}, sa.UnsupportedCombination, "dense"),
+        ({"events": sa.Event(lambda t, u, p: u[0] - 0.5)}, sa.UnsupportedCombination, "without events"),
         ({"v": np.ones(3)}, sa.InputError, r"expected \[\(2,\)\]"),
         ({"loss": 3.0}, sa.InputError, "callable"),
         ({"max_steps": 2}, sa.SolveError, "max_steps=2"),

@@ -68,7 +68,7 @@ class Beside(NamedTuple):
 
     def __call__(self, t, y, p, *captured):
         u, q = y
-        return self.f(t, u, p, *captured[: self.own]), 0.0 * q + self.g(t, u, p, *captured[self.own :])
+        return [self.f(t, u, p, *captured[: self.own]), 0.0 * q + self.g(t, u, p, *captured[self.own :])]
 
 
 def _shaped(f, t, u, p):

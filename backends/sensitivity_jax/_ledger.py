@@ -84,7 +84,7 @@ class LedgerLoops:
 
         def back(carry):
             i, s = carry
-            return i - 1, self._folded(body, s, opened, extra, i - 1)
+            return i - 1, self._past(body, s, opened, extra, i - 1)
 
         position, state = lax.while_loop(on, back, (jnp.asarray(position, jnp.int32), state))
         return state, position

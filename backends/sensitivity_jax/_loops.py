@@ -81,6 +81,11 @@ class Store(NamedTuple):
         return log
 
 
+class Fold(NamedTuple):
+    body: Any
+    state: Any
+
+
 class Sampler(NamedTuple):
     be: Any
     interpolate: Any
@@ -121,6 +126,8 @@ class JaxLoops(LedgerLoops, Loops):
 
             _, state = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), body, (jnp.int32(0), state))
             return state, None
+        if isinstance(sink, Fold):
+            return self._folded(traced, state, running, limit, sink)
 
         _, record, _ = traced.shapes
         room = Record(*(sink.capacity,) * 3, _room_for_stages(record.k, sink.capacity))
@@ -142,6 +149,23 @@ class JaxLoops(LedgerLoops, Loops):
         _, state, log = self._while(more, record_step, (jnp.int32(0), state, log))
         return state, sink.result(log)
 
+    def _folded(self, traced, state, running, limit, sink):
+        def fold_step(carry):
+            i, s, total = carry
+            on = running(s)
+            new, record, keep = traced(s)
+            mine = keep & on
+
+            def add(total):
+                return select(mine, like(arrays(sink.body(total, record)), total), total)
+
+            total = lax.cond(any_lane(mine), add, lambda total: total, total)
+            return i + 1, select(active(on), like(new, s), s), total
+
+        carry = (jnp.int32(0), state, arrays(sink.state))
+        _, state, total = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), fold_step, carry)
+        return state, total
+
     def _while(self, cond, body, carry):
         return lax.while_loop(cond, body, carry)
 
@@ -151,11 +175,11 @@ class JaxLoops(LedgerLoops, Loops):
 
         def back(carry):
             i, s = carry
-            return i - 1, self._folded(body, s, opened, extra, i - 1)
+            return i - 1, self._past(body, s, opened, extra, i - 1)
 
         return self._while(lambda c: c[0] > 0, back, (log.count, state))[1]
 
-    def _folded(self, body, state, opened, extra, i):
+    def _past(self, body, state, opened, extra, i):
         """The state after the record in slot `i`, if this lane kept it."""
         log, _ = opened
         out = None
@@ -199,6 +223,12 @@ class JaxLoops(LedgerLoops, Loops):
     def gathered(self, rows):
         return rows
 
+    def fold(self, body, state):
+        return Fold(body, state)
+
+    def joined(self, a, b):
+        return jnp.concatenate([jnp.stack(v) if isinstance(v, list) else jnp.asarray(v) for v in (a, b)])
+
     def store(self, capacity):
         return Store(capacity)
 
@@ -221,16 +251,22 @@ class JaxLoops(LedgerLoops, Loops):
         slot = jnp.searchsorted(lax.stop_gradient(keys), lax.stop_gradient(direction * ts)) - 1
         return jnp.maximum(slot, 0)
 
-    def lookup(self, interpolate, log):
+    def lookup(self, interpolate, log, otherwise=None):
         opened, (log, _) = log, log
         direction = jnp.where(log.records.h[0] >= 0.0, 1.0, -1.0)
 
         def dense(t):
             slot = self._locate(log, jnp.reshape(t, (1,)), direction)
             record = jax.tree.map(lambda x: x[0], opened.records(slot))
-            return interpolate(record, [t])[0]
+            value = interpolate(record, [t])[0]
+            return value if otherwise is None else jnp.where(log.count > 0, value, otherwise)
 
         return dense
+
+    def place(self, log):
+        log, _ = log
+        direction = jnp.where(log.records.h[0] >= 0.0, 1.0, -1.0)
+        return lambda t: self._locate(log, jnp.reshape(t, (1,)), direction)[0]
 
     def sample(self, interpolate, log, ts, u0, direction):
         opened, (log, _) = log, log
@@ -261,7 +297,7 @@ class JaxLoops(LedgerLoops, Loops):
         index = jnp.arange(log.keep.shape[0])
         u = jnp.roll(log.records.u[order], -1, axis=0)
         t = jnp.roll(log.records.t[order], -1)
-        return jnp.where((index == n - 1)[:, None], end, u), jnp.where(index >= n - 1, t_end, t)
+        return jnp.where((index >= n - 1)[:, None], end, u), jnp.where(index >= n - 1, t_end, t)
 
     def nodes_vjp(self, log, ct):
         log, _ = log

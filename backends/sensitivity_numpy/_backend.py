@@ -11,6 +11,7 @@ from sensitivity.backend import Backend
 
 class NumpyBackend(Backend):
     name = "numpy"
+    holds_numpy = True
     namespace, array_call = "np", "np.array"
     opaque = True
     how_to_get_ad = " (pip install autograd, and write f with autograd.numpy)"

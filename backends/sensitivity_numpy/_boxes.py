@@ -42,6 +42,7 @@ class BoxBackend(Backend):
     """Loops that autograd can run through."""
 
     name = "numpy"
+    holds_numpy = True
     namespace, array_call = "np", "np.array"
     modes = frozenset({"reverse", "forward"})
     xp = Namespace()

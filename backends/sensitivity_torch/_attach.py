@@ -10,7 +10,7 @@ from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.retcode import RetCode
 from sensitivity.second import refuse_second, turned
-from sensitivity.solve import reverse_failure
+from sensitivity.solve import judge
 from sensitivity.system import Inputs
 
 from . import _autodiff, _levels
@@ -230,8 +230,8 @@ class Reverse(_Once):
         flat, ct = args[:count], args[count:]
         run = call.run
         bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted)
-        if bar.status != RetCode.Success and call.aux.status == RetCode.Success:
-            raise reverse_failure(call.algorithm, RetCode(int(bar.status)))
+        if call.aux.status == RetCode.Success:
+            judge(call.algorithm, run.be, bar)
         theta = iter(bar.theta)
         out = []
         for i, name in call.slots(count):
@@ -241,6 +241,7 @@ class Reverse(_Once):
 
     @staticmethod
     def backward(ctx, *w):
+        refuse_second(ctx.call.algorithm, ctx.call.run, ctx.call.wanted)
         flat, ct = _Once.split(ctx)
         d = _Once.moved(ctx, flat, w)
         *bars, du = Second.apply(ctx.call, ctx.count, *flat, *ct, *(torch.zeros_like(v) for v in ct), *d)
@@ -248,6 +249,7 @@ class Reverse(_Once):
 
     @staticmethod
     def jvp(ctx, _, __, *tangents):
+        refuse_second(ctx.call.algorithm, ctx.call.run, ctx.call.wanted)
         flat, ct = _Once.split(ctx)
         d = _Once.moved(ctx, flat, [tangents[i] for i, _ in ctx.call.slots(ctx.count)])
         dct = [torch.zeros_like(v) if w is None else w for v, w in zip(ct, tangents[ctx.count:], strict=True)]
@@ -295,7 +297,8 @@ class Tangent(_Once):
         return tuple(v for v in moved if v is not None) if isinstance(moved, Outputs) else (moved,)
 
     @staticmethod
-    def backward(ctx, w):
+    def backward(ctx, w, *_):
+        refuse_second(ctx.call.algorithm, ctx.call.run, ctx.call.wanted)
         flat, d = _Once.split(ctx)
         totals, rows = None, []
         for i in range(w.shape[0]):
@@ -325,7 +328,6 @@ class Second(_Once):
 
     @staticmethod
     def forward(call, count, *args):
-        refuse_second(call.algorithm, call.run, call.wanted)
         flat, (ct, dct, *given) = args[:count], args[count:]
         x, slots = call.inputs(flat), call.slots(count)
         theta = [v for (_, name), v in zip(slots, given, strict=True) if name == "theta"]

@@ -10,6 +10,8 @@ from autograd.extend import Box, defvjp_argnums, primitive
 from sensitivity.algorithms.base import Outputs
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.registry import registry
+from sensitivity.retcode import RetCode
+from sensitivity.solve import judge
 from sensitivity_numpy._boxes import BoxBackend, value
 
 
@@ -68,6 +70,8 @@ class Task:
         asked = [self.names[i - 1] for i in argnums]
         wanted = frozenset("theta" if isinstance(n, tuple) else n for n in asked)
         bar = self.algorithm.reverse(self.run, residuals, self.outputs(np.asarray(ct), np.reshape), wanted)
+        if self.aux.status == RetCode.Success:
+            judge(self.algorithm, self.run.be, bar)
         return tuple(bar.theta[n[1]] if isinstance(n, tuple) else np.asarray(getattr(bar, n)) for n in asked)
 
 

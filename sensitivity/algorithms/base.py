@@ -16,6 +16,7 @@ from ..backend import Array, Scalar
 from ..errors import UnsupportedCombination
 from ..events import EventFunctions
 from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..jacobian import given
 from ..stepper import Stepper
 from ..system import Inputs
 from ..watch import Watch
@@ -48,10 +49,12 @@ class Aux(NamedTuple):
     h: Scalar
     mesh: Any
     events: Any = None
+    algebra: tuple[Any, Any, Any] = (0, 0, 0)
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of `Inputs`, and what the reverse pass cost."""
+    """Cotangents of `Inputs`, what the reverse pass cost, and how far a state integrated backwards was off (in
+    tolerances, and relative)."""
 
     u0: Array
     theta: tuple[Array, ...]
@@ -61,6 +64,8 @@ class Cotangents(NamedTuple):
     nvjp: Any
     nfe: Any
     status: Any
+    mismatch: Any = None
+    drift: Any = None
 
 
 class Tangents(NamedTuple):
@@ -128,6 +133,9 @@ class SensitivityAlgorithm:
         moved = self.tangent(run, residuals, d)
         return out, aux, moved.u if isinstance(moved, Outputs) else moved
 
+    def verdict(self, bar: Cotangents, status: float | None, mismatch: float | None) -> None:
+        """Warn of, or raise for, what a reverse pass says about itself; None stands for what is only traced."""
+
 
 def weighed(run: Run, moved: Any, ct: Outputs) -> Array:
     """`S^T ct` for tangents of the outputs, one row of `moved` per direction."""
@@ -157,6 +165,11 @@ def outputs(run: Run, x: Inputs) -> tuple[Outputs, Aux]:
     return out, aux
 
 
+def bound(run: Run, x: Inputs) -> Stepper:
+    """The method, bound to the user's vector field and to what is known of its Jacobian."""
+    return run.stepper(run.field.bind(run.be, x.theta, x.constants), given(run, x) if run.method.implicit else None)
+
+
 class Solved(NamedTuple):
     """What the forward solve leaves for the derivatives."""
 
@@ -168,7 +181,7 @@ class Solved(NamedTuple):
 def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[Outputs, Aux, Solved]:
     """The forward solve of every algorithm; with `keep`, all accepted steps are logged."""
     be = run.be
-    stepper = run.stepper(run.field.bind(be, x.theta, x.constants))
+    stepper = bound(run, x)
     s = span(be, x.t0, x.t1)._replace(shift=shift)
     timed = run.saves not in (None, "steps")
     ts = save_times(run, x, s) if timed else None
@@ -196,22 +209,24 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     else:
         u, ts = end.u[None, :], [end.t]
     nodes = stages = mesh = None
-    if run.dense:
+    if run.dense and run.method.one_step:
         times, sizes, nodes, stages = be.stacked(kept)
         mesh = (times, sizes)
+    elif run.dense:
+        mesh = kept
     nfe, events, event_t, event_u = evaluations(run, stepper, end), None, None, None
     if run.events:
         times, event_u, index = be.entries(end.watch.entries, end.u)
         event_t, nfe = be.time_vector(times, x.u0), nfe + stepper.fsal * end.watch.count
         events = (index, end.watch.count, end.watch.ended)
-    aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
+              stepper.algebra(end.accepted + end.rejected, 0, run.controller.adaptive))
     return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(x, log if keep or run.dense else None, end)
 
 
 def opened(run: Run, solved: Solved) -> tuple[Solved, Stepper]:
     """What the forward solve left, with the stages of its steps within reach, and its method."""
-    x = solved.x
-    stepper = run.stepper(run.field.bind(run.be, x.theta, x.constants))
+    stepper = bound(run, solved.x)
     return solved._replace(log=run.be.reopen(solved.log, stepper.restage)), stepper
 
 
@@ -269,6 +284,7 @@ def unsupported(algorithm: str, cause: str, instead: str) -> UnsupportedCombinat
     return UnsupportedCombination(f"{algorithm} does not go with {cause}", "", f"sensealg={instead}")
 
 
-__all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "columns", "directions",
-           "fold_times", "fractions", "opened", "outputs", "replace", "save_times", "size_of", "solve_forward",
+__all__ = ["Aux", "Cotangents", "Outputs", "SensitivityAlgorithm", "Solved", "Tangents", "bound", "columns",
+           "directions", "fold_times", "fractions", "opened", "outputs", "replace", "save_times", "size_of",
+           "solve_forward",
            "times_wanted", "unsupported"]

@@ -66,11 +66,13 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
                              "errors='all'")
 
     def refuse(self, run: Run) -> None:
-        if run.dense or run.saves == "steps":
+        if (run.dense and run.method.one_step) or run.saves == "steps":
             raise base.unsupported(self.name, "dense=True or saveat='steps'", "RecursiveCheckpointAdjoint()")
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Columns]:
         be = run.be
+        if run.dense:
+            raise base.unsupported(self.name, "dense=True", "RecursiveCheckpointAdjoint()")
         parts = base.columns(x, wanted - {"t1", "saveat"})
         m = sum(size for _, size in parts)
         d = base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0))
@@ -135,7 +137,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None,
-                       events)
+                       events, algebra=stepper.algebra(end.accepted + end.rejected, 0, run.controller.adaptive))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:

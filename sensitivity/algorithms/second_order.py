@@ -60,6 +60,10 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     def exact(self) -> bool:  # type: ignore[override]
         return bool(self.adjoint.exact)
 
+    @property
+    def events(self) -> bool:  # type: ignore[override]
+        return bool(self.adjoint.events)
+
     def refuse(self, run: Run) -> None:
         if not self.adjoint.second_order:
             raise base.unsupported(self.name, f"inner={self.adjoint.name}()",

@@ -1,0 +1,386 @@
+"""The walk that the continuous adjoints share: the costate, from the last stop back to the start.
+
+With `G = sum_i l_i(u(t_i))` and `lam(t)` the total derivative of G with respect to `u(t)`,
+
+    lam' = -f_u(t, u, p)^T lam,   lam(t1+) = 0,   lam(t_i-) = lam(t_i+) + l_{i,u},
+    dG/du0 = lam(t0),   dG/dp = mu(t0),   mu' = -f_p(t, u, p)^T lam,   mu(t1) = 0,
+    dG/dt_i = l_{i,u} . f(t_i, u(t_i)),   dG/dt0 = -lam(t0) . f(t0, u0),   dG/dt1 = l_u . f(t1) for an output at t1.
+
+Stops are the save times, the checkpoints and `t0`, sorted from the last to the first. Between two of them, on one leg,
+nothing jumps; there the algorithms differ, in where `u(t)` comes from and how the integral for `dG/dp` is made
+(`ContinuousAdjoint.cross`). At a stop the state of the forward solve is known, and `lam` takes up the loss.
+
+References: Cao, Li, Petzold, Serban 2003, SIAM J. Sci. Comput. 24, eq. (2.11); Serban, Hindmarsh 2005 for checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from ..backend import Array, Scalar
+from ..control import PIController
+from ..errors import InputError, TimesError, UnsupportedCombination
+from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..methods import Method
+from ..stepper import Stepper
+from ..system import Inputs
+from . import base
+from .frozen import frozen_tangent
+
+EQUALLY_SPACED = 10  # checkpoints when nobody said how many, and the only output is the end
+MOST = 128  # checkpoints that a memory budget buys; more would cost more restarts than they save
+
+
+class Kept(NamedTuple):
+    """What the forward solve leaves: the stops with their states, and with dense output all steps."""
+
+    x: Inputs
+    log: Any
+    end: State
+    ts: Any
+    u: Array
+
+
+class Leg(NamedTuple):
+    """Where the walk stands: time, costate, integral for the parameters, state, step sizes to try, and counts.
+
+    `mismatch` and `drift` compare the state integrated backwards with the stored one: in tolerances, and relative.
+    """
+
+    t: Scalar
+    lam: Array
+    mu: Array
+    u: Array
+    h: Scalar
+    ahead: Scalar
+    nvjp: Any
+    nfe: Any
+    status: Any
+    mismatch: Scalar
+    drift: Scalar
+
+
+class Way(NamedTuple):
+    """What one reverse pass has at hand on every leg."""
+
+    run: Run
+    adjoint: Run
+    x: Inputs
+    log: Any
+    direction: Scalar
+    params: bool
+    rtol: Any
+    atol: Any
+
+    @property
+    def be(self) -> Any:
+        return self.run.be
+
+    def pull(self, params: bool) -> Callable:
+        """Products `(t, u, ct) -> (f_u^T ct, f_p^T ct, 0)`."""
+        return self.run.vjp.pullback(self.run, self.x, params=params)
+
+    def flat(self, theta_bar: Sequence[Array], like: Array) -> Array:
+        """Cotangents of the parameters as one vector."""
+        xp = self.be.xp
+        parts = [xp.astype(xp.reshape(v, (-1,)), like.dtype) for v in theta_bar]
+        return xp.concat(parts) if len(parts) > 1 else parts[0] if parts else like[:0]
+
+    def backwards(self, leg: Leg, t: Scalar) -> Span:
+        return span(self.be, leg.t, t)._replace(direction=-self.direction)
+
+    def solve(self, leg: Leg, t: Scalar, rhs: Callable, z: Array, norm: Callable | None, sink: Any = None,
+              parts: Sequence[int] = (), rtol: Any = None, atol: Any = None,
+              jac: Any = None) -> tuple[State, Any, Stepper]:
+        """Integrate `z' = rhs(t, z)` backwards over one leg; `parts` are the sizes that `norm` keeps apart."""
+        stepper = self.adjoint.method.bind(self.be, rhs, sink is not None, jac)
+        rtol, atol = self.rtol if rtol is None else rtol, self.atol if atol is None else atol
+        shrink = stepper.dilution(parts)
+        if shrink != 1.0:
+            rtol, atol = rtol * shrink, atol * shrink
+        last, result = integrate(self.adjoint, stepper, self.backwards(leg, t), z, rtol, atol,
+                                 norm=norm or self.be.rms, h=leg.h, sink=sink)
+        return last, result, stepper
+
+    def ran(self, leg: Leg, stepper: Stepper, last: State) -> tuple[Leg, Any]:
+        """The leg after a backward integration over it, and how often its right-hand side was evaluated."""
+        count = evaluations(self.adjoint, stepper, last, started=True)
+        return leg._replace(h=last.h, status=self.be.greatest(leg.status, last.status)), count
+
+
+class Path(NamedTuple):
+    """The forward solution on one leg: `u(t)`, the size of the forward step around `t`, and its number."""
+
+    u: Callable[[Scalar], Array]
+    size: Callable[[Scalar], Scalar]
+    place: Callable[[Scalar], Any]
+
+
+@dataclass(frozen=True)
+class ContinuousAdjoint(base.SensitivityAlgorithm):
+    """Base of the continuous adjoints.
+
+    Parameters
+    ----------
+    alg : method, optional
+        Solves the adjoint equation; that of the forward solve if not given.
+    rtol, atol : float, optional
+        Tolerances of the backward solve; those of the forward solve if not given.
+    """
+
+    alg: Any = field(default=None, kw_only=True)
+    rtol: float | None = field(default=None, kw_only=True)
+    atol: float | None = field(default=None, kw_only=True)
+
+    checkpointing: ClassVar[Any] = False
+    checkpoints: ClassVar[Any] = None
+    references: ClassVar[tuple[str, ...]] = ("cao2003",)
+
+    def __post_init__(self) -> None:
+        if self.alg is not None and not isinstance(self.alg, Method):
+            raise InputError(f"alg={self.alg!r} is not a method", "it solves the adjoint equation", "alg=sa.Dopri5()")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0.0 and math.isfinite(value)):
+                raise InputError(f"{name}={value!r} is not a positive number",
+                                 "it is the tolerance of the backward solve", f"{name}=1e-8")
+
+    def refuse(self, run: Run) -> None:
+        if run.dense and run.method.one_step:
+            raise base.unsupported(self.name, "dense=True, whose cotangents lie at no save time",
+                                   "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
+        method = self.alg or run.method
+        if missing := method.missing(run.be):
+            raise UnsupportedCombination(f"{self.name}(alg={method!r}) cannot run here", missing, "alg=sa.Dopri5()")
+        if run.controller.adaptive and not method.adaptive:
+            raise UnsupportedCombination(f"{self.name}(alg={method.name}()) has no step size",
+                                         "the method has no error estimate, and the forward solve no fixed dt",
+                                         "alg=sa.Dopri5(), or controller=FixedStep() with dt=")
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    @property
+    def stores(self) -> bool:
+        """Whether the forward solve keeps states at the stops only."""
+        return bool(self.checkpointing is True or (self.checkpointing == "auto" and self.checkpoints is not None))
+
+    def points(self, run: Run, x: Inputs, s: Span) -> Any:
+        """Times of the checkpoints beside the save times."""
+        be, given = run.be, self.checkpoints
+        if isinstance(given, tuple):
+            low, high = (be.concrete(v) for v in (s.t0, s.t1))
+            for t in given:
+                if low is not None and high is not None and not min(low, high) <= t <= max(low, high):
+                    raise TimesError(f"checkpoints holds {t:g}, outside tspan=({low:g}, {high:g})",
+                                     "no state is known there", "leave it out")
+            return [be.scalar(t) for t in given]
+        if given == "saveat" or (given is None and run.saves is not None):
+            return []
+        count = EQUALLY_SPACED if given is None else given
+        if isinstance(given, str):
+            row = x.u0.shape[0] * _bytes(run, x.u0)
+            count = min(int(budget(given) / (2 * row)), MOST)
+            if count < 1:
+                raise InputError(f"checkpoints={given!r} holds no state", f"one state has {row} bytes",
+                                 f"checkpoints='{max(1, 4 * row // 1000)}kB'")
+        return be.spread(s.t0, s.t1, [i / count for i in range(1, count)]) if count > 1 else []
+
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Kept]:
+        del wanted
+        be = run.be
+        if run.dense:
+            raise base.unsupported(self.name, "dense=True, whose cotangents lie at no save time",
+                                   "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
+        if not self.stores or run.saves == "steps":
+            out, aux, solved = base.solve_forward(interpolated(run), x, keep=True)
+            return out, aux, Kept(x, None if self.stores else solved.log, solved.end, aux.ts, out.u)
+        s = span(be, x.t0, x.t1)
+        ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
+        points, k = self.points(run, x, s), len(ts)
+        if not len(points):
+            out, aux, solved = base.solve_forward(run, x, keep=False)
+            return out, aux, Kept(x, None, solved.end, ts, out.u)
+        every = be.joined(ts, points)
+        sampled = x._replace(saveat=be.time_vector(every, x.u0))
+        out, aux, solved = base.solve_forward(base.replace(run, saves="ts"), sampled, keep=False)
+        u = out.u
+        if run.saves is None:
+            u = be.xp.concat([solved.end.u[None, :], u[1:, :]])
+        return (base.Outputs(u[:k, :], None, None), aux._replace(ts=[solved.end.t] if run.saves is None else ts),
+                Kept(x, None, solved.end, every, u))
+
+    # -- reverse ------------------------------------------------------------------------------------------------
+
+    def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
+        """Carry `lam` and `mu` back from `leg.t` to the stop at `t`, whose state `u` is known."""
+        raise NotImplementedError
+
+    def reverse(self, run: Run, residuals: Kept, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
+        if run.saves == "steps" and base.times_wanted(wanted):
+            raise base.unsupported(self.name, "derivatives in t0 and t1 of saveat='steps', whose times move with them",
+                                   "RecursiveCheckpointAdjoint()")
+        be, xp, kept = run.be, run.be.xp, residuals
+        x, n = kept.x, kept.x.u0.shape[0]
+        way = self._way(run, kept, wanted)
+        s = span(be, x.t0, x.t1)
+        silent = [0.0 * kept.u[ct.u.shape[0]:, :], 0.0 * x.u0[None, :]]
+        rows = xp.concat([xp.concat([ct.u, *silent]), xp.concat([kept.u, x.u0[None, :]])], axis=1)
+        ts, rows = be.sort_down(be.joined(kept.ts, [s.t0]), rows, s.direction)
+        size = sum(base.size_of(v) for v in x.theta) if way.params else 0
+        first = s.direction * abs(kept.end.h if way.adjoint.dt is None else way.adjoint.dt)
+        start = Leg(ts[0], rows[0][:n], be.padded(0.0 * x.u0[:0], size), rows[0][n:], -first, s.direction *
+                    abs(kept.end.h), 0, 0, 0, 0.0, 0.0)
+
+        def segment(leg: Leg, stop: tuple) -> tuple[Leg, int]:
+            t, row = stop
+            goal = be.choose(leg.status == 0, t, leg.t)
+            leg = self.cross(way, leg, goal, row[n:])
+            return leg._replace(t=t, lam=leg.lam + row[:n]), 0
+
+        leg, _ = be.scan(segment, start, (ts[1:], rows[1:]))
+        theta = be.split(leg.mu, x.theta) if way.params else ()
+        t0_bar, t1_bar, ts_bar, nfe = self._moved(run, kept, ct, leg.lam, wanted)
+        return base.Cotangents(leg.lam, theta, t0_bar, t1_bar, ts_bar, leg.nvjp, leg.nfe + nfe, leg.status,
+                               *self.measured(leg))
+
+    def measured(self, leg: Leg) -> tuple[Scalar | None, Scalar | None]:
+        """How far the state integrated backwards was off, where an algorithm does that."""
+        del leg
+        return None, None
+
+    def _moved(self, run: Run, kept: Kept, ct: base.Outputs, lam: Array, wanted: frozenset[str]) -> tuple:
+        """Cotangents of `t0`, `t1` and the save times, and how often `f` was evaluated for them."""
+        if not base.times_wanted(wanted):
+            return 0.0, 0.0, None, 0
+        be, x, k = run.be, kept.x, ct.u.shape[0]
+        s = span(be, x.t0, x.t1)
+        rhs = run.field.bind(be, x.theta, x.constants)
+        t0_bar = -be.dot(lam, rhs(be.time(s.t0), x.u0))
+        if run.saves is None:
+            return t0_bar, be.dot(ct.u[0, :], rhs(be.time(s.t1), kept.end.u)), None, 2
+        _, ts_bar = be.scan(lambda _, i: (0, be.dot(i[1], rhs(be.time(i[0]), i[2]))), 0,
+                            (kept.ts[:k], ct.u, kept.u[:k, :]))
+        return *base.fold_times(run, ts_bar, t0_bar, 0.0)[:2], ts_bar, k + 1
+
+    def _way(self, run: Run, kept: Kept, wanted: frozenset[str]) -> Way:
+        """The settings of the backward solve: no stops, no progress, steps from the controller."""
+        x, be = kept.x, run.be
+        run = interpolated(run)
+        method = self.alg or run.method
+        controller = PIController() if method.adaptive and self.alg is not None else run.controller
+        adjoint = base.replace(run, saves=None, dense=False, method=method, controller=controller, tstops=(),
+                               dt=None if controller.adaptive else run.dt, progress=None, norm=None)
+        rtol, atol = (least(be, v) if own is None else own for v, own in ((x.rtol, self.rtol), (x.atol, self.atol)))
+        s = span(be, x.t0, x.t1)
+        log = kept.log
+        if log is not None:
+            log = be.reopen(log, base.bound(run, x).restage)
+        return Way(run, adjoint, x, log, s.direction, "theta" in wanted and bool(x.theta), rtol, atol)
+
+    # -- tangents -----------------------------------------------------------------------------------------------
+
+    def tangent(self, run: Run, residuals: Kept, d: base.Tangents) -> Array:
+        """Tangents through the accepted steps; a solve that kept none of them is repeated."""
+        if not run.method.one_step:
+            raise base.unsupported(f"the forward mode of {self.name}", f"{run.method.name}, whose steps are not known",
+                                   "ForwardSensitivity()")
+        run = interpolated(run)
+        solved = base.Solved(residuals.x, residuals.log, residuals.end)
+        if solved.log is None:
+            solved = base.solve_forward(run, residuals.x, keep=True)[2]
+        return frozen_tangent(run, solved, d)
+
+
+def path(way: Way, leg: Leg, t: Scalar, u: Array) -> tuple[Path, Leg]:
+    """The forward solution between `t`, where it is `u`, and `leg.t`: kept, or solved once more."""
+    be, run, x, log = way.be, way.run, way.x, way.log
+    stepper = base.bound(run, x)
+    if log is None:
+        again = base.replace(run, progress=None)
+        last, log = integrate(again, stepper, span(be, t, leg.t)._replace(direction=way.direction), u, x.rtol, x.atol,
+                              sink=be.store(run.capacity), h=leg.ahead, limit=run.capacity)
+        log = be.reopen(log, stepper.restage)
+        leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True), ahead=last.h,
+                           status=be.greatest(leg.status, last.status))
+    size = be.lookup(lambda record, ts: be.vector([record.h], u)[None, :], log, be.vector([leg.t - t], u))
+    return Path(be.lookup(stepper.interpolate, log, u), lambda t: be.scalar(size(t)[0]), be.place(log)), leg
+
+
+def interpolated(run: Run) -> Run:
+    """The same run with output between the steps."""
+    return base.replace(run, interpolated=True)
+
+
+def least(be: Any, tolerance: Any) -> Any:
+    """A tolerance for costates, which have other units than the states: the smallest of one for each entry."""
+    return be.xp.min(tolerance) if getattr(tolerance, "ndim", 0) else tolerance
+
+
+def worst_part(be: Any, sizes: Sequence[int]) -> Callable[[Array], Any]:
+    """The largest of the norms of consecutive parts, so that no long part dilutes the error of a short one."""
+    ends = [sum(sizes[:i + 1]) for i in range(len(sizes))]
+    pieces = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
+
+    def norm(e: Array) -> Any:
+        worst = be.rms(e[pieces[0]])
+        for piece in pieces[1:]:
+            worst = be.greatest(worst, be.rms(e[piece]))
+        return worst
+
+    return norm
+
+
+def checked_points(name: str, checkpointing: Any, checkpoints: Any, possible: tuple[Any, ...]) -> Any:
+    """`checkpoints` as something hashable, after a look at both arguments."""
+    if not any(checkpointing is v or (isinstance(v, str) and checkpointing == v) for v in possible):
+        raise InputError(f"checkpointing={checkpointing!r} is none of the possible values",
+                         f"they are {', '.join(map(repr, possible))}", f"{name}(checkpointing={possible[0]!r})")
+    if checkpoints is None:
+        return None
+    if checkpointing is False:
+        raise InputError(f"{name} has checkpoints={checkpoints!r} and checkpointing=False", "the two contradict",
+                         "leave one of them out")
+    if isinstance(checkpoints, str):
+        if checkpoints != "saveat":
+            budget(checkpoints)
+        return checkpoints
+    if isinstance(checkpoints, int) and not isinstance(checkpoints, bool):
+        if checkpoints < 1:
+            raise InputError(f"checkpoints={checkpoints} stores nothing", "an integer is the number of intervals",
+                             "checkpoints=10")
+        return checkpoints
+    try:
+        times = tuple(float(t) for t in checkpoints)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"checkpoints={checkpoints!r} are no times",
+                         "states are stored there, known before the solve",
+                         "checkpoints=10, [1.0, 2.0], 'saveat' or '200MB'") from e
+    if not all(map(math.isfinite, times)):
+        raise InputError(f"checkpoints={checkpoints!r} holds a time that is not finite", "states are stored there",
+                         "checkpoints=10")
+    return times
+
+
+def budget(text: str) -> float:
+    """Bytes in a text such as "200MB"."""
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1.0}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            try:
+                size = float(text.removesuffix(unit)) * factor
+            except ValueError:
+                break
+            if size > 0.0:
+                return size
+            break
+    raise InputError(f"checkpoints={text!r} is neither 'saveat' nor an amount of memory",
+                     f"the units are {', '.join(units)}", "checkpoints='200MB'")
+
+
+def _bytes(run: Run, like: Array) -> int:
+    """Size of one number."""
+    real = 8 if run.be.eps(like.dtype) < 1e-10 else 4
+    return 2 * real if run.be.is_complex(like) else real
