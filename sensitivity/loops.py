@@ -150,6 +150,19 @@ class Loops:
         """The time of entry `i` of a ledger of events; infinite behind the last."""
         return ledger[i].t if i < len(ledger) else math.inf
 
+    def within(self, times: Any, index: Any, t0: Scalar) -> Any:
+        """Times of a ledger's entries; where there is room for more, `t0`."""
+        del index, t0
+        return times
+
+    def capped(self, ts: Any, end: Scalar, direction: Scalar) -> Any:
+        """Times, none of them behind `end`."""
+        return [t if direction * (t - end) <= 0.0 else end for t in ts]
+
+    def whole(self, x: Any) -> Any:
+        """A number that is known to be whole, as an integer."""
+        return round(float(x))
+
     def near(self, ts: Any, t: Scalar, distance: Scalar) -> Any:
         """Whether a time lies close to one of several."""
         return any(abs(s - t) <= distance for s in ts)
@@ -358,16 +371,25 @@ class Loops:
         """Times `a` followed by times `b`, as the loops keep them."""
         return [*a, *b]
 
-    def lookup(self, interpolate: Callable, log: Any, otherwise: Array | None = None) -> Callable[[Scalar], Array]:
-        """Dense output over a whole log: `t -> u(t)`; `otherwise` is the answer of an empty log."""
+    def lookup(self, interpolate: Callable, log: Any, otherwise: Array | None = None,
+               between: tuple[Scalar, Scalar] | None = None) -> Callable[[Scalar], Array]:
+        """Dense output over a whole log: `t -> u(t)`; `otherwise` is the answer of an empty log.
+
+        With `between`, two nodes in the order of the log, only steps between them answer: at a node where the solution
+        jumps, the side that belongs to the interval.
+        """
         if not log and otherwise is not None:
             return lambda t: otherwise
         starts = [r.t for r in log]
         sign = 1.0 if not log or log[0].h >= 0 else -1.0
         keys = [sign * t for t in starts]
+        first, last = 0, len(keys) - 1
+        if between is not None:
+            first = max(bisect.bisect_right(keys, sign * between[0]) - 1, 0)
+            last = max(bisect.bisect_left(keys, sign * between[1]) - 1, first)
 
         def dense(t: Scalar) -> Array:
-            n = max(bisect.bisect_right(keys, sign * t) - 1, 0)
+            n = min(max(bisect.bisect_right(keys, sign * t) - 1, first), last)
             return interpolate(log[n], [t])[0, :]
 
         return dense

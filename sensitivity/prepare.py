@@ -77,6 +77,9 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     field, theta = Field(f, u_layout, partition, len(captured)), (*theta, *captured)
     seen: tuple[Watched, ...] = ()
     changes = False
+    if events is not None and not method.one_step:
+        raise UnsupportedCombination(f"{method.name} does not go with events", "it takes its steps by itself",
+                                     "alg=sa.Tsit5() or another method of this library")
     if events is not None:
         p = partition.join(be, theta[:partition.count], constants)
         seen, theta, constants, changes = watched(be, events, field, be.time(be.scalar(t0)), u_tree, p, theta,

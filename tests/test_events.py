@@ -11,7 +11,16 @@ import sensitivity as sa
 
 GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "gold.json").read_text())["problems"]}
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
-ALGORITHMS = ["RecursiveCheckpointAdjoint", "ForwardSensitivity", "ForwardADSensitivity"]
+ALGORITHMS = {
+    "discrete": sa.RecursiveCheckpointAdjoint(),
+    "interpolating": sa.InterpolatingAdjoint(),
+    "checkpoints": sa.InterpolatingAdjoint(checkpoints=4),
+    "gauss": sa.GaussAdjoint(),
+    "quadrature": sa.QuadratureAdjoint(),
+    "backsolve": sa.BacksolveAdjoint(),
+    "forward": sa.ForwardSensitivity(),
+    "tangents": sa.ForwardADSensitivity(),
+}
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -35,7 +44,7 @@ def test_bouncing_ball(lab, algorithm):
                          (0.0, 2.5), {k: lab.array(p[k]) for k in "ge"})
     floor = sa.Event(lambda t, u, p: u[0], lambda t, u, p: xp.stack([0.0 * u[0], -p["e"] * u[1]]), direction=-1)
     r = sa.gradient(prob, sa.Tsit5(), lambda s: s.u[0, 0] + 0.5 * s.u[0, 1] ** 2, events=floor,
-                    sensealg=getattr(sa, algorithm)(), **TIGHT)
+                    sensealg=ALGORITHMS[algorithm], **TIGHT)
     agrees("ev_bouncing_ball", r.value, {**r.p, "h0": r.u0[0], "v0": r.u0[1]})
     # Flight times from the closed form.
     v = math.sqrt(p["v0"] ** 2 + 2 * p["g"] * p["h0"])
@@ -53,7 +62,7 @@ def test_time_of_a_terminal_event(lab, algorithm):
     prob = sa.ODEProblem(lambda t, u, p: xp.stack([u[1], -p["g"] / p["l"] * xp.sin(u[0])]), lab.array([p["th0"], 0.0]),
                          (0.0, 1.0), {k: lab.array(p[k]) for k in "gl"})
     r = sa.gradient(prob, sa.Tsit5(), lambda s: s.events.t[0], events=sa.Event(lambda t, u, p: u[0], terminal=True),
-                    sensealg=getattr(sa, algorithm)(), **TIGHT)
+                    sensealg=ALGORITHMS[algorithm], **TIGHT)
     assert r.solution.retcode == sa.RetCode.Terminated
     assert r.solution.success
     agrees("ev_pendulum_quarter_period", r.value, {**r.p, "th0": r.u0[0]})
@@ -67,7 +76,7 @@ def test_state_at_a_terminal_event(lab, where, algorithm):
                          (0.0, 2.0), {"g": lab.array(p["g"])})
     read = {"events": lambda s: s.events.u[0, 1] ** 2, "end": lambda s: s.u[0, 1] ** 2}[where]
     r = sa.gradient(prob, sa.Tsit5(), read, events=sa.Event(lambda t, u, p: u[0], terminal=True, direction=-1),
-                    sensealg=getattr(sa, algorithm)(), **TIGHT)
+                    sensealg=ALGORITHMS[algorithm], **TIGHT)
     agrees("ev_terminal_state", r.value, {**r.p, "h0": r.u0[0], "v0": r.u0[1]})
 
 
@@ -84,7 +93,7 @@ def test_dose_at_a_time_that_is_a_parameter(lab, kind, algorithm):
     event = {"preset": sa.PresetTimes(lambda p: xp.stack([p["td"]]), dose),
              "condition": sa.Event(lambda t, u, p: t - p["td"], dose)}[kind]
     r = sa.gradient(prob, sa.Tsit5(), lambda s: s.u[0, 0] ** 2 + s.u[1, 0] + s.u[1, 1], saveat=[2.0, 3.0], events=event,
-                    sensealg=getattr(sa, algorithm)(), **TIGHT)
+                    sensealg=ALGORITHMS[algorithm], **TIGHT)
     agrees("ev_dose_time", r.value, {**r.p, "D1": r.u0[0]})
 
 
@@ -149,6 +158,20 @@ def test_exact_for_the_computed_solution(lab, truth, saveat, algorithm):
     # What is left is the round-off of the differences, 1e-16 / 1e-5 of the values.
     assert got == pytest.approx(truth[saveat], rel=1e-8, abs=5e-9)
     assert lab.numpy(r.solution.events.index).tolist() == [0, 1, 0, 1, 0]
+
+
+@every_algorithm
+def test_times_are_differentiated_by_all(lab, algorithm):
+    """Initial and save times too, with two kinds of events, against the discrete adjoint; the rest of the difference
+    is the error of the solves."""
+    prob, events = kicked(lab)
+    options = {"events": events, "saveat": lab.array((0.33, 1.1, 1.77)), "max_events": 8,
+               "wrt": ("u0", "p", "t0", "t1", "saveat"), **TIGHT}
+    found, expected = (sa.gradient(prob, sa.Tsit5(), cost, sensealg=a, **options)
+                       for a in (ALGORITHMS[algorithm], sa.RecursiveCheckpointAdjoint()))
+    for name in ("u0", "p", "t0", "t1", "saveat"):
+        got, wanted = (lab.numpy(getattr(r, name)) for r in (found, expected))
+        assert got == pytest.approx(wanted, rel=1e-8, abs=1e-8), name
 
 
 def test_jax_transforms(truth, jax_lab):

@@ -54,6 +54,16 @@ class LedgerLoops:
     def moment(self, ledger, i):
         return jnp.where(i < ledger.count, self.entry(ledger, i).t, jnp.inf)
 
+    def within(self, times, index, t0):
+        return jnp.where(index >= 0, times, t0)
+
+    def capped(self, ts, end, direction):
+        ts = jnp.asarray(ts)
+        return jnp.where(direction * (ts - end) > 0.0, end, ts)
+
+    def whole(self, x):
+        return jnp.round(jnp.real(x)).astype(jnp.int32)
+
     def near(self, ts, t, distance):
         return jnp.any(jnp.abs(jnp.asarray(ts) - t) <= distance)
 

@@ -251,12 +251,19 @@ class JaxLoops(LedgerLoops, Loops):
         slot = jnp.searchsorted(lax.stop_gradient(keys), lax.stop_gradient(direction * ts)) - 1
         return jnp.maximum(slot, 0)
 
-    def lookup(self, interpolate, log, otherwise=None):
+    def lookup(self, interpolate, log, otherwise=None, between=None):
         opened, (log, _) = log, log
         direction = jnp.where(log.records.h[0] >= 0.0, 1.0, -1.0)
+        first = last = None
+        if between is not None:
+            keys = jnp.where(jnp.arange(log.keep.shape[0]) < log.count, direction * log.records.t, jnp.inf)
+            first = jnp.maximum(jnp.searchsorted(keys, direction * between[0], side="right") - 1, 0)
+            last = jnp.maximum(jnp.searchsorted(keys, direction * between[1]) - 1, first)
 
         def dense(t):
             slot = self._locate(log, jnp.reshape(t, (1,)), direction)
+            if between is not None:
+                slot = jnp.clip(slot, first, last)
             record = jax.tree.map(lambda x: x[0], opened.records(slot))
             value = interpolate(record, [t])[0]
             return value if otherwise is None else jnp.where(log.count > 0, value, otherwise)

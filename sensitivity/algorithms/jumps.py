@@ -29,6 +29,7 @@ from ..watch import no
 from . import base
 
 GRAZING = 1e-6
+FLAT = 1e-12
 APART = 1e-10
 
 
@@ -96,11 +97,10 @@ def ambiguous(run: Run, x: Inputs, entries: Any) -> Any:
     return be.unwind(look, start, entries, None)[1]
 
 
-class _Jump:
-    """The two steps of a jump: over the affect, and over the step that ends on the event."""
+class EventPulls:
+    """Pullbacks `(t, u, ct) -> (ct_u, ct_theta, ct_t)` of conditions and affects."""
 
-    def __init__(self, run: Run, x: Inputs, stepper: Stepper, pull: Any, params: bool) -> None:
-        self.be, self.stepper, self.pull, self.events = run.be, stepper, pull, run.events
+    def __init__(self, run: Run, x: Inputs, params: bool) -> None:
         self.functions = functions = EventFunctions(run, x)
         zeros = run.be.zeros(x.theta) if params else ()
         self.conditions: list[Callable] = []
@@ -109,17 +109,25 @@ class _Jump:
             self.conditions.append(_preset(functions, i, zeros) if c is None else _pullback(run, x, c, params))
             self.affects.append((lambda t, u, ct: (ct, zeros, 0.0)) if r is None else _pullback(run, x, r, params))
 
+
+class _Jump:
+    """The two steps of a jump: over the affect, and over the step that ends on the event."""
+
+    def __init__(self, run: Run, x: Inputs, stepper: Stepper, pull: Any, params: bool) -> None:
+        self.be, self.stepper, self.pull, self.events = run.be, stepper, pull, run.events
+        self.pulls = EventPulls(run, x, params)
+
     def __call__(self, right: Adjoint, event: Any, bars: Any, log: Any, extra: Any,
                  position: Any) -> tuple[Adjoint, Any, Any, Any]:
         be, stepper, pull = self.be, self.stepper, self.pull
         lam, theta, tau = right.lam, right.theta, right.t0
         t = be.time(event.t)
         if right.kappa is not None:
-            u_bar, theta_bar, t_bar = pull(t, self.functions.after(event.index, event.t, event.u), right.kappa)
+            u_bar, theta_bar, t_bar = pull(t, self.pulls.functions.after(event.index, event.t, event.u), right.kappa)
             lam, theta, tau = lam + u_bar, be.add(theta, theta_bar), tau + t_bar
-        u_bar, theta_bar, t_bar = be.branch(event.index, self.affects, t, event.u, lam)
+        u_bar, theta_bar, t_bar = be.branch(event.index, self.pulls.affects, t, event.u, lam)
         theta, tau, lam = be.add(theta, theta_bar), tau + t_bar + bars[0], u_bar + bars[1]
-        c_u, c_theta, c_t = be.branch(event.index, self.conditions, t, event.u, be.vector([1.0], lam))
+        c_u, c_theta, c_t = be.branch(event.index, self.pulls.conditions, t, event.u, be.vector([1.0], lam))
         sought = any(e.condition is not None for e in self.events)
         none, zeros = (be.nothing(lam) if stepper.fsal else None), be.zeros(theta)
         silent = stepper.fsal and none is None
@@ -142,6 +150,39 @@ class _Jump:
         moved = tuple(be.xp.astype(beta * (v + w), v.dtype) for v, w in zip(b.theta, c_theta, strict=True))
         left = Adjoint(a.lam + beta * b.lam, kappa, be.add(a.theta, moved), a.t0 + beta * (b.t0 + c_t) + tau, 0.0)
         return left, position, made + int(right.kappa is not None), be.choose(flat, int(RetCode.GrazingEvent), 0)
+
+
+class Limit(NamedTuple):
+    """Left of an event: costate, what the parameters got, and whether all is well."""
+
+    lam: Array
+    theta: tuple[Array, ...]
+    status: Any
+
+
+def limit_jump(run: Run, pulls: EventPulls, rhs: Callable, event: Any, lam: Array, bars: tuple[Scalar, Array]) -> Limit:
+    """The jump of a costate, for the equation and not for its steps (the formulas above with f- and f+ in place of
+    Phi_h' and of the nodes that move):
+
+        sigma = (R_u^T lam + u_bar) . f- + R_t . lam + t_bar - lam . f+,   beta = -sigma / (c_t + c_u . f-),
+        lam-  = R_u^T lam + u_bar + beta c_u,   pbar += R_p^T lam + beta c_p;   without f+ where the solve ends.
+    """
+    be, (t_bar, u_bar) = run.be, bars
+    t, u = be.time(event.t), event.u
+    before, after = rhs(t, u), rhs(t, pulls.functions.after(event.index, t, u))
+    on: Any = 1.0
+    for k, e in enumerate(run.events):
+        if e.terminal:
+            on = be.choose(event.index == k, 0.0, on)
+    back, theta, moved = be.branch(event.index, pulls.affects, t, u, lam)
+    back = back + u_bar
+    c_u, c_theta, c_t = be.branch(event.index, pulls.conditions, t, u, be.vector([1.0], lam))
+    along = be.dot(c_u, before)
+    cdot = c_t + along
+    flat = abs(cdot) <= FLAT * (abs(c_t) + be.rms(c_u) * be.rms(before) * c_u.shape[0])
+    beta = -(be.dot(back, before) + moved + t_bar - on * be.dot(lam, after)) / be.choose(flat, 1.0, cdot)
+    theta = be.add(theta, tuple(be.xp.astype(beta * v, v.dtype) for v in c_theta))
+    return Limit(back + beta * c_u, theta, be.choose(flat, int(RetCode.GrazingEvent), 0))
 
 
 def _pullback(run: Run, x: Inputs, field: EventField, params: bool) -> Callable:
