@@ -87,7 +87,7 @@ def jax_lab():
 SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "ForwardSensitivity", "test_loss_of",
                "ForwardADSensitivity", "test_the_discrete_tangent_is", "test_dense_output_by_both",
                "BacksolveAdjoint", "GaussAdjoint", "QuadratureAdjoint",
-               "test_residuals", "test_every_product")
+               "test_residuals", "test_every_product", "test_gradient_is_that_of_keeping_everything")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
 
 
