@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import tree as _tree
-from .loops import Array, Contribution, Loops, Record, Scalar
+from .errors import UnsupportedCombination
+from .loops import Loops
+from .records import Array, Contribution, Record, Scalar
 
 __all__ = ["Array", "Backend", "Contribution", "Loops", "Record", "Scalar", "Tree"]
 
@@ -223,6 +225,15 @@ class Backend(Loops):
 
     def copy(self, x: Array) -> Array:
         return self.xp.asarray(x, copy=True)
+
+    def to_bytes(self, x: Array) -> bytes:
+        """The numbers of a vector, for a file."""
+        raise UnsupportedCombination(f"spill=True is not available on the {self.name} backend",
+                                     "it does not turn arrays into bytes", "memory= or checkpoints=")
+
+    def from_bytes(self, raw: bytes, like: Array) -> Array:
+        """The vector that `to_bytes` had, with dtype and device of `like`."""
+        raise NotImplementedError
 
     def connected(self, f: Callable, t: Any, u: Array, p: Tree) -> bool | None:
         """Whether the framework's AD sees that `f` depends on `u`; None if it cannot tell."""

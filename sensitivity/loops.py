@@ -9,32 +9,13 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-Array = Any
-Scalar = Any
-
-
-class Record(NamedTuple):
-    """One accepted step: start time, step size, state at the start, stage derivatives `(s, n)`."""
-
-    t: Scalar
-    h: Scalar
-    u: Array
-    k: Array
+from .recompute import Pulled, Recall, Recomputing
+from .records import Array, Contribution, Record, Scalar
 
 
-class Contribution(NamedTuple):
-    """Cotangents that outputs inside one step hand to that step: of its start state, of its stages, of its size, and
-    of its start time."""
-
-    u: Array | None
-    k: Array | None
-    h: Scalar
-    t: Scalar = 0.0
-
-
-class Loops:
+class Loops(Recomputing):
     """Loops, selection and small matrix recursions for frameworks that run eagerly.
 
     A tracing backend overrides every method with the compiled twin; results must be equal.
@@ -99,6 +80,8 @@ class Loops:
 
         `extra` is a sequence aligned with the log (see `sample_vjp`), or None; `last` marks the newest record.
         """
+        if isinstance(log, Recall):
+            return log.replay(body, state, extra)
         for n in reversed(range(len(log))):
             state = body(state, log[n], None if extra is None else extra[n], n == len(log) - 1)
         return state
@@ -226,6 +209,8 @@ class Loops:
 
     def silent_end(self, extra: Any) -> int:
         """1 if the newest step's last stage got no cotangent from outputs, so that its product was left out."""
+        if isinstance(extra, Pulled):
+            return int(extra.silent)
         return int(extra is None or extra[-1] is None or extra[-1].k is None)
 
     def last_size(self, log: Any) -> Scalar:
@@ -412,7 +397,10 @@ class Loops:
 
         `transpose(record, ts, ct_rows) -> (Contribution, [ct of each t])` is one step's pullback.
         """
-        groups = self._groups(log, ts, direction)
+        if isinstance(log, Recall):
+            groups = self._groups(log.kept.t, ts, direction)
+            return Pulled(self, transpose, ts, ct, groups, len(log) - 1), None
+        groups = self._groups([r.t for r in log], ts, direction)
         extra: list[Contribution | None] = [None] * len(log)
         ts_bar = [0.0] * len(ts)
         for n, members in groups.items():
@@ -423,9 +411,9 @@ class Loops:
         return extra, ts_bar
 
     @staticmethod
-    def _groups(log: Any, ts: Any, direction: float) -> dict[int, list[int]]:
+    def _groups(times: Any, ts: Any, direction: float) -> dict[int, list[int]]:
         """Indices of the save times inside each step; a time on a node belongs to the step that ends there."""
-        starts = [direction * r.t for r in log]
+        starts = [direction * t for t in times]
         groups: dict[int, list[int]] = {}
         for i, t in enumerate(ts):
             if starts:

@@ -73,7 +73,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     out, aux = run.be.attach(carrying(algorithm, run), run, x)
     sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
     if sol.dense is None:
-        later = sensealg if algorithm.exact else auto
+        later = sensealg if algorithm.interpolates else auto
         sol.dense = LaterOutput(solve, prob, alg, {**options, "sensealg": later, "on_failure": on_failure})
     return sol
 

@@ -88,7 +88,8 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "ForwardADSensitivity", "test_the_discrete_tangent_is", "test_dense_output_by_both",
                "BacksolveAdjoint", "GaussAdjoint", "QuadratureAdjoint",
                "test_residuals", "test_every_product", "test_times_are_differentiated", "test_dose_at",
-               "test_state_at_a_terminal", "gauss", "quadrature", "backsolve", "tangents")
+               "test_state_at_a_terminal", "gauss", "quadrature", "backsolve", "tangents",
+               "test_gradient_is_that_of_keeping_everything")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
 
 

@@ -54,15 +54,3 @@ def test_signatures_of_the_algorithms():
     assert sa.InterpolatingAdjoint(jvp, checkpointing="auto", checkpoints=None).vjp == jvp
     assert sa.RecursiveCheckpointAdjoint(None, None) == sa.RecursiveCheckpointAdjoint(checkpoints=None, memory=None)
     assert gradient(sensealg=sa.ForwardSensitivity(jvp=jvp)).sensealg.jvp == jvp
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: sa.RecursiveCheckpointAdjoint(checkpoints=10),
-        lambda: sa.RecursiveCheckpointAdjoint(memory="2GB"),
-    ],
-)
-def test_schedules_that_do_not_exist_are_refused(make):
-    with pytest.raises(sa.SensitivityError, match="not available"):
-        make()

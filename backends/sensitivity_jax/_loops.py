@@ -1,105 +1,23 @@
-"""Compiled loops: the twins of `sensitivity.backend.Loops`.
-
-A log is a set of fixed buffers with one slot for each accepted step. Under `vmap` a slot is used when any lane
-accepts, and `keep` tells which lanes did.
-"""
-
-from typing import Any, NamedTuple
+"""Compiled loops: the twins of `sensitivity.backend.Loops`."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from sensitivity.backend import Contribution, Loops, Record
+from sensitivity.backend import Contribution, Record
 
+from ._checkpoints import Pulled, Recall, Recomputing
 from ._lanes import active, any_lane, select
 from ._ledger import LedgerLoops
+from ._log import Fold, Log, OpenLog, Rows, Sampler, Store, masked, scattered
+from ._matrices import Matrices
 from ._typed import arrays, like
 
-STAGE_NUMBERS = 2**20
-STAGE_SLOTS = 512
 MASKED_SAVES = 64
 
 
-class Log(NamedTuple):
-    """Recorded steps; `count` slots are used, `newest` is the last slot that this lane kept."""
-
-    records: Record
-    keep: Any
-    count: Any
-    newest: Any
-
-
-class OpenLog(NamedTuple):
-    """A log with a function that remakes stages which were too big to keep.
-
-    Only the first slots may have room for stages; then the last of these is overwritten by all later records.
-    """
-
-    log: Log
-    stages: Any
-
-    def record(self, i):
-        """The record in slot `i`."""
-        log, _ = self
-        t, h, u = (lax.dynamic_index_in_dim(b, i, 0, False) for b in log.records[:3])
-        record, k = Record(t, h, u, None), log.records.k
-        if k.shape[0] == 0:
-            return record._replace(k=self.stages(record))
-        load = lambda i: lax.dynamic_index_in_dim(k, i, 0, False)  # noqa: E731
-        if k.shape[0] == log.keep.shape[0]:
-            return record._replace(k=load(i))
-        return record._replace(k=lax.cond(i < k.shape[0] - 1, load, lambda i: self.stages(record).astype(k.dtype), i))
-
-    def records(self, slots):
-        """Several records, for one evaluation each; unused slots get a harmless size."""
-        log, _ = self
-        t, h, u = (b[slots] for b in log.records[:3])
-        records = Record(t, jnp.where(h == 0.0, 1.0, h).astype(h.dtype), u, None)
-        k = log.records.k
-        if k.shape[0] == 0:
-            return records._replace(k=jax.vmap(self.stages)(records))
-        if k.shape[0] == log.keep.shape[0]:
-            return records._replace(k=k[slots])
-        remake = lambda _: jax.vmap(self.stages)(records).astype(k.dtype)  # noqa: E731
-        return records._replace(k=lax.cond(jnp.all(slots < k.shape[0] - 1), lambda s: k[s], remake, slots))
-
-
-class Rows(NamedTuple):
-    """Contributions of the save times, one row each, with the slot that each belongs to."""
-
-    slot: Any
-    rows: Contribution
-
-
-class Store(NamedTuple):
-    capacity: int
-
-    def result(self, log):
-        return log
-
-
-class Fold(NamedTuple):
-    body: Any
-    state: Any
-
-
-class Sampler(NamedTuple):
-    be: Any
-    interpolate: Any
-    ts: Any
-    u0: Any
-    direction: Any
-    capacity: int
-    stages: Any
-
-    def result(self, log):
-        return self.be.sample(self.interpolate, OpenLog(log, self.stages), self.ts, self.u0, self.direction)
-
-
-class JaxLoops(LedgerLoops, Loops):
+class JaxLoops(LedgerLoops, Recomputing, Matrices):
     traced = True
 
     def choose(self, pred, a, b):
@@ -130,9 +48,7 @@ class JaxLoops(LedgerLoops, Loops):
             return self._folded(traced, state, running, limit, sink)
 
         _, record, _ = traced.shapes
-        room = Record(*(sink.capacity,) * 3, _room_for_stages(record.k, sink.capacity))
-        buffers = jax.tree.map(lambda x, slots: jnp.zeros((slots, *x.shape), x.dtype), record, room)
-        log = Log(buffers, jnp.zeros((sink.capacity,), bool), jnp.int32(0), jnp.int32(0))
+        log = sink.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), record))
 
         def record_step(carry):
             i, s, log = carry
@@ -140,11 +56,11 @@ class JaxLoops(LedgerLoops, Loops):
             new, record, keep = traced(s)
             new = select(active(on), like(new, s), s)
             mine = keep & on
-            return i + 1, new, _append(log, record, mine)
+            return i + 1, new, sink.add(log, record, mine)
 
         def more(carry):
             i, s, log = carry
-            return any_lane(running(s)) & (i < limit) & (log.count < sink.capacity)
+            return any_lane(running(s)) & (i < limit) & any_lane(log.count < sink.capacity)
 
         _, state, log = self._while(more, record_step, (jnp.int32(0), state, log))
         return state, sink.result(log)
@@ -170,6 +86,8 @@ class JaxLoops(LedgerLoops, Loops):
         return lax.while_loop(cond, body, carry)
 
     def replay(self, body, state, log, extra=None):
+        if isinstance(log, Recall):
+            return log.replay(body, state, extra)
         opened, (log, _) = log, log
         state = arrays(state)
 
@@ -185,7 +103,7 @@ class JaxLoops(LedgerLoops, Loops):
         out = None
         if isinstance(extra, Rows):
             mask = extra.slot == i
-            out = Contribution(*(_masked(mask, rows) for rows in extra.rows))
+            out = Contribution(*(masked(mask, rows) for rows in extra.rows))
         elif extra is not None:
             out = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), extra)
         new = body(state, opened.record(i), out, i == log.newest)
@@ -246,8 +164,10 @@ class JaxLoops(LedgerLoops, Loops):
         Start times never decrease along the slots; where a lane rejected a step, the step that it kept later starts
         at the same time, and is found.
         """
-        used = jnp.arange(log.keep.shape[0]) < log.count
-        keys = jnp.where(used, direction * log.records.t, jnp.inf)
+        return self._slots(log.records.t, log.count, ts, direction)
+
+    def _slots(self, times, count, ts, direction):
+        keys = jnp.where(jnp.arange(times.shape[0]) < count, direction * times, jnp.inf)
         slot = jnp.searchsorted(lax.stop_gradient(keys), lax.stop_gradient(direction * ts)) - 1
         return jnp.maximum(slot, 0)
 
@@ -283,6 +203,8 @@ class JaxLoops(LedgerLoops, Loops):
         return jnp.where(log.count > 0, rows, u0[None, :])
 
     def sample_vjp(self, transpose, log, ts, ct, direction):
+        if isinstance(log, Recall):
+            return Pulled(transpose, ts, ct, self._slots(log.kept.t, log.kept.count, ts, direction)), None
         opened, (log, _) = log, log
         slots = self._locate(log, ts, direction)
         records = opened.records(slots)
@@ -295,7 +217,7 @@ class JaxLoops(LedgerLoops, Loops):
         rows = jax.tree.map(lambda x: jnp.where(log.count > 0, x, jnp.zeros_like(x)), rows)
         if ts.shape[0] <= MASKED_SAVES:
             return Rows(slots, rows), ts_bar
-        return _scattered(Rows(slots, rows), log.keep.shape[0]), ts_bar
+        return scattered(Rows(slots, rows), log.keep.shape[0]), ts_bar
 
     def nodes(self, log, end, t_end):
         log, _ = log
@@ -307,6 +229,8 @@ class JaxLoops(LedgerLoops, Loops):
         return jnp.where((index >= n - 1)[:, None], end, u), jnp.where(index >= n - 1, t_end, t)
 
     def nodes_vjp(self, log, ct):
+        if isinstance(log, Recall):
+            return self._node_starts(log, ct)
         log, _ = log
         order = jnp.argsort(~log.keep, stable=True)
         n = jnp.sum(log.keep)
@@ -338,7 +262,7 @@ class JaxLoops(LedgerLoops, Loops):
         out = Contribution(put(u), put(k), none, none)
         if extra is None:
             return out
-        old = _scattered(extra, capacity) if isinstance(extra, Rows) else extra
+        old = scattered(extra, capacity) if isinstance(extra, Rows) else extra
         return Contribution(old.u + out.u, out.k if old.k is None else old.k + out.k, old.h, old.t)
 
     def silent_end(self, extra):
@@ -373,65 +297,6 @@ class JaxLoops(LedgerLoops, Loops):
 
     def nothing(self, like):
         return jnp.zeros_like(like)
-
-    # -- matrix recursions ------------------------------------------------------------------------------------------
-
-    def recursion(self, a, base, scale, xs, row, carry, first=None):
-        s, n = len(a), base.shape[-1]
-        start = 0 if first is None else 1
-        if s - start <= 2:
-            return super().recursion(a, base, scale, xs, row, carry, first)
-        square = np.zeros((s, s))
-        for i, r in enumerate(a):
-            square[i, : len(r)] = r
-        square = jnp.asarray(square, base.dtype)
-        xs = jax.tree.map(lambda x: x, tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in xs))
-        rows = jnp.zeros((s, n), base.dtype)
-        if first is not None:
-            rows = lax.dynamic_update_index_in_dim(rows, first, 0, 0)
-
-        def body(i, state):
-            carry, rows = state
-            v = base if base.ndim == 1 else base[i]
-            v = v + jnp.asarray(scale, base.dtype) * jnp.dot(square[i], rows, precision="highest")
-            new, out = row(carry, tuple(x[i] for x in xs), v)
-            return like(arrays(new), carry), lax.dynamic_update_index_in_dim(rows, out.astype(rows.dtype), i, 0)
-
-        return lax.fori_loop(start, s, body, (arrays(carry), rows))
-
-    def combine(self, base, scale, weights, rows):
-        w = jnp.asarray(np.array(weights), rows.dtype)
-        out = jnp.asarray(scale, rows.dtype) * jnp.dot(w, rows, precision="highest")
-        return out if base is None else base + out
-
-    def inputs(self, a, base, scale, rows):
-        if len(a) == 1:
-            return base[None, :]
-        square = np.zeros((len(a), len(a)))
-        for i, r in enumerate(a):
-            square[i, : len(r)] = r
-        out = jnp.dot(jnp.asarray(square, rows.dtype), rows, precision="highest")
-        return base + jnp.asarray(scale, rows.dtype) * out
-
-    def seeds(self, b, h, lam, rows, last):
-        out = jnp.asarray(h, lam.dtype) * jnp.outer(jnp.asarray(np.array(b), lam.dtype), lam)
-        if rows is not None:
-            out = out + rows
-        return out if last is None else jnp.concat([out[:-1], out[-1:] + last])
-
-    def permuted(self, xs, order):
-        return jnp.asarray(xs)[np.array(order)]
-
-    def permuted_rows(self, rows, order):
-        return rows[np.array(order)]
-
-    def poly(self, coefficients, x, like):
-        x = self.vector(x, like)[:, None]
-        columns = jnp.asarray(np.array(coefficients).T, like.dtype)
-        out = columns[-1][None, :] + 0.0 * x
-        for c in columns[-2::-1]:
-            out = out * x + c
-        return out
 
 
 class BoundedLoops(JaxLoops):
@@ -486,30 +351,3 @@ class _once:
 def _typed(result):
     state, record, keep = result
     return arrays(state), arrays(record), jnp.asarray(keep, bool)
-
-
-def _room_for_stages(k, capacity):
-    """Slots that keep their stages: none where one stage is all there is, else as many as the budget allows.
-
-    Buffers are filled before they are used, in every lane of a batch, so room for steps that few solves take is dear.
-    """
-    return 0 if k.shape[0] == 1 else min(capacity, STAGE_SLOTS, max(1, STAGE_NUMBERS // max(k.size, 1)))
-
-
-def _append(log, record, mine):
-    """Write a record at the next slot; the slot is taken when any lane keeps its record."""
-    i = log.count
-    put = lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0) if b.shape[0] else b  # noqa: E731
-    records = jax.tree.map(put, log.records, record)
-    taken = any_lane(mine)
-    return Log(records, lax.dynamic_update_index_in_dim(log.keep, mine, i, 0), i + taken.astype(jnp.int32),
-               jnp.where(mine, i, log.newest))
-
-
-def _masked(mask, rows):
-    weights = mask.astype(rows.dtype)
-    return jnp.tensordot(weights, rows, axes=1, precision="highest")
-
-
-def _scattered(extra, capacity):
-    return Contribution(*(jnp.zeros((capacity, *x.shape[1:]), x.dtype).at[extra.slot].add(x) for x in extra.rows))

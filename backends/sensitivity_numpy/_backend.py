@@ -79,6 +79,12 @@ class NumpyBackend(Backend):
     def copy(self, x):
         return np.array(x)
 
+    def to_bytes(self, x):
+        return x.tobytes()
+
+    def from_bytes(self, raw, like):
+        return np.frombuffer(bytearray(raw), dtype=like.dtype)
+
     # -- matrix recursions --------------------------------------------------------------------------------------
 
     def _rows(self, a, like):

@@ -5,6 +5,7 @@ block of them at once under `vmap`, its Jacobians are read off the graph row by 
 matrices, and one product at the end of the block serves the parameters.
 """
 
+import itertools
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 
 from sensitivity.algorithms.discrete import RecursiveCheckpointAdjoint
 from sensitivity.methods import RungeKutta
+from sensitivity.recompute import Pulled, Recall
 from sensitivity.vjp import ReverseVJP
 
 from . import _autodiff
@@ -31,24 +33,41 @@ def reverse(algorithm, run, residuals, ct, wanted):
         if u0.shape[0] <= LARGEST and not u0.is_complex() and len(residuals.log) > 3:
             try:
                 return _Sweep(run, residuals.x).reverse(algorithm, residuals, ct, wanted)
-            except _Refused:
+            except Refused:
                 pass
     return algorithm.reverse(run, residuals, ct, wanted)
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """`f` cannot be evaluated at many points at once."""
 
 
 @contextmanager
-def _refusing():
+def refusing():
     """Whatever keeps a user's function from being batched leads back to single products."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except Exception as e:
-            raise _Refused from e
+            raise Refused from e
+
+
+def check(out, k):
+    """What `f` gave for many points at once must be what it gave one by one."""
+    if out.shape != k.shape or out.dtype != k.dtype:
+        raise Refused
+    close = 1e5 * torch.finfo(k.dtype).eps
+    if not torch.allclose(out, k, rtol=close, atol=close * max(k.abs().max().item(), 1e-300)):
+        raise Refused
+
+
+def product(out, inputs, ct, keep):
+    """Cotangents of `inputs`; None where `out` does not depend on them."""
+    if not out.requires_grad:
+        return [None] * len(inputs)
+    with refusing():
+        return torch.autograd.grad(out, inputs, ct, keep, allow_unused=True)
 
 
 class _Sweep(TorchBackend):
@@ -96,15 +115,20 @@ class _Sweep(TorchBackend):
     def inputs(self, a, base, scale, rows):
         return super().inputs(a, base, scale, rows) if self.timed else (None,) * len(a)
 
+    def recall(self, kept, stepper):
+        run, x = self.original, self.x
+        return run.be.recall(kept, run.stepper(run.field.bind(run.be, x.theta, x.constants)))
+
     def replay(self, body, state, log, extra=None):
         s, last = self.tableau.stages, len(log) - 1
-        for stop in range(len(log), 0, -BLOCK):
-            first = max(stop - BLOCK, 0)
+        steps = log.backwards() if isinstance(log, Recall) else ((n, log[n]) for n in reversed(range(len(log))))
+        while block := list(itertools.islice(steps, BLOCK)):
             self._close()
-            self._open(log[first:stop])
-            for n in reversed(range(first, stop)):
-                self.start = (n - first) * s
-                state = body(state, log[n], None if extra is None else extra[n], n == last)
+            self._open([record for _, record in reversed(block)])
+            for position, (n, record) in zip(reversed(range(len(block))), block, strict=True):
+                self.start = position * s
+                out = extra.at(n, record) if isinstance(extra, Pulled) else None if extra is None else extra[n]
+                state = body(state, record, out, n == last)
         return state
 
     def _open(self, log):
@@ -117,18 +141,14 @@ class _Sweep(TorchBackend):
         u = u.flatten(0, 1).requires_grad_()
         t = torch.tensor(t, dtype=self.dtype.to_real(), device=u.device, requires_grad=self.timed)
         k = k.flatten(0, 1)
-        with _refusing(), torch.enable_grad():
+        with refusing(), torch.enable_grad():
             out = self.rhs(t, u)
-            if out.shape != k.shape or out.dtype != k.dtype:
-                raise _Refused
-        close = 1e5 * torch.finfo(k.dtype).eps
-        if not torch.allclose(out, k, rtol=close, atol=close * max(k.abs().max().item(), 1e-300)):
-            raise _Refused
+        check(out, k)
         rows = []
         for i in range(u.shape[1]):
             ct = torch.zeros_like(k)
             ct[:, i] = 1.0
-            g = self._product(out, (u, t) if self.timed else (u,), ct, True)
+            g = product(out, (u, t) if self.timed else (u,), ct, True)
             rows.append([torch.zeros_like(v) if w is None else w for w, v in zip(g, (u, t), strict=False)])
         columns = [torch.stack(x, -1) for x in zip(*rows, strict=True)]
         self.jacobians = columns[0].unbind()
@@ -136,17 +156,10 @@ class _Sweep(TorchBackend):
         self.graph, self.block = out, torch.zeros_like(k)
         self.handed = self.block.unbind()
 
-    @staticmethod
-    def _product(out, inputs, ct, keep):
-        if not out.requires_grad:
-            return [None] * len(inputs)
-        with _refusing():
-            return torch.autograd.grad(out, inputs, ct, keep, allow_unused=True)
-
     def _close(self):
         """The parameters' share of a block."""
         if self.graph is not None and self.wanted:
             captured = any(x.requires_grad for x in self.x.theta)
-            bars = self._product(self.graph, self.wanted, self.block, captured)
+            bars = product(self.graph, self.wanted, self.block, captured)
             self.theta = tuple(x if y is None else x.add_(y) for x, y in zip(self.theta, bars, strict=True))
         self.graph = None

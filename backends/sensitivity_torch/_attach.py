@@ -80,17 +80,23 @@ def attach(be, algorithm, run, x):
 
 def task(algorithm, name, run, x, *args):
     """`algorithm.<name>(run, x, *args)` on plain tensors."""
+    from . import _taped
+
     with _autodiff.silent(run.field.f.live):
-        return getattr(algorithm, name)(run, bare(run, x), *args)
+        x = bare(run, x)
+        if name == "forward" and _taped.suits(algorithm, run, x, *args):
+            return _taped.forward(algorithm, run, x, *args)
+        return getattr(algorithm, name)(run, x, *args)
 
 
 def reverse(algorithm, run, residuals, ct, wanted):
     """`algorithm.reverse`, with what `f` closes over in the state of the solve."""
-    from . import _ahead
+    from . import _ahead, _taped
 
     _same_captured(run, residuals.x)
+    way = _taped if _taped.suits(algorithm, run, residuals.x, wanted) else _ahead
     with _autodiff.silent(run.field.f.live):
-        return _ahead.reverse(algorithm, run, residuals, ct, wanted)
+        return way.reverse(algorithm, run, residuals, ct, wanted)
 
 
 def _aux_of_lanes(be, run, x, summary):

@@ -9,7 +9,7 @@ from sensitivity.errors import CapturedValueError
 from . import _levels
 
 # `torch.autograd.grad` without its checks, which take as long as a small product itself.
-_run_backward = torch.autograd.Variable._execution_engine.run_backward
+run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 # -- the user's function ------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ def vjp(f, theta, time, params):
         if not out.requires_grad:
             return torch.zeros_like(u, requires_grad=False), tuple(zeros), 0.0
         inputs = (u, *wanted, t) if time else (u, *wanted)
-        u_bar, *bars = _run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
+        u_bar, *bars = run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
         t_bar = bars.pop() if time else None
         bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
         u_bar = torch.zeros_like(u, requires_grad=False) if u_bar is None else u_bar

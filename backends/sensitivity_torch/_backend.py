@@ -109,6 +109,12 @@ class TorchBackend(Backend):
     def nan_where(self, bad, x):
         return x * torch.where(bad, math.nan, 1.0) if isinstance(bad, torch.Tensor) else super().nan_where(bad, x)
 
+    def to_bytes(self, x):
+        return x.detach().cpu().numpy().tobytes()
+
+    def from_bytes(self, raw, like):
+        return torch.frombuffer(bytearray(raw), dtype=like.dtype).to(like.device)
+
     # -- small matrices -------------------------------------------------------------------------------------------
 
     def _constant(self, numbers):

@@ -108,6 +108,11 @@ class SensitivityAlgorithm:
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether the output of `dense=True` has derivatives of the steps that were taken."""
+        return self.exact
+
     def refuse(self, run: Run) -> None:
         """Raise `UnsupportedCombination` if this run is beyond the algorithm."""
 

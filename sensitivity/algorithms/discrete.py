@@ -1,6 +1,7 @@
 """Discrete adjoint: the exact gradient of the computed solution, with the accepted steps frozen.
 
-The forward pass keeps every accepted step `(t_n, h_n, u_n, K_n)`. Reverse, from the last step to the first,
+The forward pass keeps every accepted step `(t_n, h_n, u_n, K_n)`, or only some of the `u_n` (see `budget`). Reverse,
+from the last step to the first,
 
     lam_n = (d u_{n+1} / d u_n)^T lam_{n+1} + cotangents of the outputs inside step n,
     pbar += (d u_{n+1} / d p)^T lam_{n+1},
@@ -14,60 +15,106 @@ References: Hager 2000; Sanz-Serna 2016 (SIAM Review 58); Zhuang et al. 2020 for
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..backend import Record
-from ..errors import UnsupportedCombination
+from ..errors import InputError
 from ..integrate import Run, span
 from ..stepper import Adjoint
 from ..system import Inputs
-from . import base
+from . import base, budget
 from .frozen import frozen_tangent
 from .jumps import sweep
 
 
 @dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
-    """Exact discrete adjoint; stores all accepted steps.
+    """Exact discrete adjoint, within a budget of memory.
 
     Parameters
     ----------
-    checkpoints : None
-        How many states to keep; None keeps every accepted step, the one schedule there is so far.
-    memory : None
-        A budget such as "2GB"; None sets none.
+    checkpoints : int, optional
+        How many states to keep; steps between them are taken again in the reverse pass. None, without `memory`, keeps
+        every accepted step.
+    memory : str or int, optional
+        A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else as
+        many states as fit. Not counted are 16 bytes for each step, the output and the gradient itself.
+    spill : bool or path
+        Write the states to a file, in this folder or in the system's own, which is deleted when nothing needs it any
+        more; every step is then taken again once. For NumPy and PyTorch.
     vjp : VJP, optional
 
-    Gives derivatives with respect to `u0`, `p`, `t0`, `t1` and `saveat`, in reverse and forward mode. Memory: the
-    stages of every accepted step, `(s + 1) n` numbers each.
+    Gives derivatives with respect to `u0`, `p`, `t0`, `t1` and `saveat`, in reverse and forward mode. Memory without
+    a budget: the stages of every accepted step, `(s + 1) n` numbers each. With one, the gradient is the same, and
+    accepted steps only are taken again: `sensitivity.checkpoint` says how many, `stats.nfe` counts their
+    evaluations. The states to keep are chosen as the solve goes on (Wang, Moin, Iaccarino 2009), or beforehand where
+    the number of steps is known (Griewank, Walther 2000). Forward mode takes all steps once more and keeps them.
+
+    Raises
+    ------
+    InputError
+        `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
+        several of them are given.
+    UnsupportedCombination
+        A budget with `dense=True`; `spill` on a backend that compiles its loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
 
     vjp: Any = field(default=None, kw_only=True)
-    checkpoints: None = None
-    memory: None = None
+    checkpoints: int | None = None
+    memory: str | int | None = None
+    spill: bool | str | os.PathLike = False
 
     exact: ClassVar[bool] = True
     events: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
-    references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016")
+    references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016", "griewank2000", "wang2009")
 
     def __post_init__(self) -> None:
-        for name, given in (("checkpoints", self.checkpoints), ("memory", self.memory)):
-            if given is not None:
-                raise UnsupportedCombination(f"{name}={given!r} is not available for {self.name}",
-                                             "every accepted step is kept; no schedule recomputes any so far",
-                                             f"{name}=None, and saveat= or shorter spans where memory is short")
+        given = [f"{name}={v!r}" for name in ("checkpoints", "memory", "spill")
+                 if (v := getattr(self, name)) is not None and v is not False]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are given together", "each says which states are kept",
+                             f"{given[0]} alone")
+        budget.slots(self.checkpoints)
+        budget.size(self.memory)
+        budget.folder(self.spill)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the reverse pass may have to take steps again."""
+        return self.checkpoints is not None or self.memory is not None or self.spill is not False
+
+    @property
+    def interpolates(self) -> bool:
+        return not self.budgeted
+
+    def refuse(self, run: Run) -> None:
+        if self.budgeted and (run.method.implicit or not run.method.one_step):
+            raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which is no explicit method",
+                                   "RecursiveCheckpointAdjoint()")
+        if run.events and self.budgeted:
+            raise base.unsupported(f"{self.name} with a budget", "events, which change the state between steps",
+                                   "RecursiveCheckpointAdjoint()")
+        if run.dense and self.budgeted:
+            raise base.unsupported(f"{self.name} with a budget", "dense=True, which keeps every step",
+                                   "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
+        if run.be.traced and self.spill is not False:
+            raise base.unsupported(f"{self.name}(spill={self.spill!r})", f"{run.be.name}, whose compiled loops write "
+                                   "no files", 'RecursiveCheckpointAdjoint(memory="2GB")')
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, base.Solved]:
         del wanted
+        if self.budgeted:
+            return budget.forward(run, x, (self.checkpoints, self.memory, self.spill))
         return base.solve_forward(run, x, keep=True)
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        (x, log, end), stepper = base.opened(run, residuals)
+        (x, log, end), stepper = budget.opened(run, residuals) if self.budgeted else base.opened(run, residuals)
         params = "theta" in wanted and bool(x.theta)
         time = base.times_wanted(wanted) or bool(run.events)
         s = span(be, x.t0, x.t1)
@@ -94,13 +141,18 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
             end_state = be.replay(back, state, log, extra)
             t1_bar, nvjp, status = end_state.h, end.accepted * (stepper.stages - stepper.fsal), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
+        nfe = 0
+        if self.budgeted:
+            taken, bars = be.recalled(log, extra)
+            ts_bar = bars if ts_bar is None else ts_bar
+            nfe = taken * (stepper.stages - stepper.fsal)
         if kappa is not None:
             u_bar, theta_bar, t_bar = pull(be.time(s.t0), x.u0, kappa)
             lam, theta, t0_bar = lam + u_bar, be.add(theta, theta_bar), t0_bar + t_bar
             nvjp = nvjp + 1 - be.silent_end(extra)
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, status)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Any:
         """Tangents through the frozen steps; their cost is one product per stage and direction."""
-        return frozen_tangent(run, residuals, d)
+        return frozen_tangent(run, budget.remade(run, residuals) if self.budgeted else residuals, d)

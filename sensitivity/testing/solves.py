@@ -271,6 +271,18 @@ def check_adjoint_identity(h: Harness, algorithm: SensitivityAlgorithm) -> None:
             require(abs(left - right) <= tol * max(1.0, scale), f"{left!r} != {right!r}, saveat={saveat}, row {i}")
 
 
+def check_budget(h: Harness) -> None:
+    """With three states kept, the gradient that keeping every step gives; only steps are taken again for it."""
+    ts, w = h.array([1.0, T0, T1, 1.0, 1.7]), h.array([[1.0, -2.0], [0.5, 3.0], [-1.5, 2.5], [4.0, 0.25], [2.0, 1.0]])
+    names = ("u0", "p", "t0", "t1", "saveat")
+    few, whole = (h.gradient(decay(h), Tsit5(), RecursiveCheckpointAdjoint(checkpoints=c), w, saveat=ts, wrt=names,
+                             rtol=1e-8) for c in (3, None))
+    for name in names:
+        h.close(getattr(few, name), h.numbers(getattr(whole, name)), 1e-12, name)
+    nfe, before = h.numbers((few.stats.nfe, whole.stats.nfe))
+    require(nfe > before and (nfe - before) % 6 == 0, f"{nfe} evaluations, {before} with every step kept")
+
+
 def check_attached(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     """The framework's own AD through `solve` gives what `gradient` gives; nothing to do where there is no AD."""
     be, xp = h.be, h.be.xp

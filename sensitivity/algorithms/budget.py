@@ -1,0 +1,119 @@
+"""The discrete adjoint within a budget: how many states a solve may keep, and the forward pass that keeps them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any
+
+from ..checkpoint import Plan
+from ..errors import InputError
+from ..integrate import Run, evaluations, integrate, span
+from ..system import Inputs
+from . import base
+
+# Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way.
+AT_WORK = 8
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def slots(checkpoints: Any) -> int | None:
+    """`checkpoints` as a positive number of states, or None."""
+    if checkpoints is None:
+        return None
+    if isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 1:
+        raise InputError(f"checkpoints={checkpoints!r} is not a positive integer",
+                         "it is the number of states that are kept, the first one among them", "checkpoints=100")
+    return checkpoints
+
+
+def size(memory: Any) -> int | None:
+    """`memory` in bytes, or None."""
+    if memory is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?B|)\s*", str(memory).upper())
+    if isinstance(memory, bool) or not isinstance(memory, str | int) or not found:
+        raise InputError(f"memory={memory!r} is not a size", "it bounds what a solve keeps for its gradient",
+                         'memory="200MB", "2GiB" or a number of bytes')
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def folder(spill: Any) -> str | None:
+    """Where states are spilled to: a folder, "" for the system's own, or None."""
+    if isinstance(spill, bool):
+        return "" if spill else None
+    if not isinstance(spill, str | os.PathLike) or not os.path.isdir(spill):
+        raise InputError(f"spill={spill!r} is neither a bool nor a folder", "states are written there", "spill=True")
+    return os.fspath(spill)
+
+
+def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill: Any) -> Plan:
+    """The plan for this solve; with `memory`, for states and stages of the size and dtype at hand.
+
+    A state costs `n` numbers, `2 n` for a first-same-as-last method, whose slope is kept with it so that the step
+    taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps.
+
+    Raises
+    ------
+    InputError
+        The memory does not even hold what one step needs.
+    """
+    steps = _known_steps(run, x)
+    if spill is not False:
+        return Plan(run.max_steps, steps, spill=folder(spill))
+    if memory is None:
+        return Plan(slots(checkpoints), steps)  # type: ignore[arg-type]
+    budget = size(memory)
+    assert budget is not None
+    be = run.be
+    vector = x.u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
+    step, state = (stepper.stages + 1) * vector, (1 + stepper.fsal) * vector
+    room = budget - AT_WORK * step
+    if room < 2 * state:
+        raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
+                         f"pulling back one step needs {AT_WORK * step + 2 * state} bytes",
+                         f"memory={AT_WORK * step + 10 * state} or more")
+    return Plan(room // state - 1, steps, room // step)
+
+
+def _known_steps(run: Run, x: Inputs) -> int | None:
+    """The number of steps where the step size is fixed and the span is known."""
+    t0, t1 = run.be.concrete(x.t0), run.be.concrete(x.t1)
+    if run.controller.adaptive or run.tstops or t0 is None or t1 is None:
+        return None
+    assert run.dt is not None
+    return min(run.capacity, max(1, math.ceil(abs(t1 - t0) / run.dt * (1 - 1e-9))))
+
+
+def forward(run: Run, x: Inputs, options: tuple[Any, Any, Any]) -> tuple[base.Outputs, base.Aux, base.Solved]:
+    """The forward solve that keeps what the budget allows; its output is made as the steps come by."""
+    be = run.be
+    stepper = base.bound(run, x)
+    s = span(be, x.t0, x.t1)
+    timed = run.saves not in (None, "steps")
+    ts = base.save_times(run, x, s) if timed else None
+    sink = be.checkpoints(plan(run, x, stepper, *options), stepper, run.saves, ts, x.u0, s.direction, run.capacity)
+    end, (kept, rows) = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, limit=run.capacity)
+    if timed:
+        u = be.reached(rows, ts, end.t, s.direction)
+    elif run.saves == "steps":
+        u, ts = be.node_rows(rows, kept, end.u, end.t)
+    else:
+        u, ts = end.u[None, :], [end.t]
+    aux = base.Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, stepper, end), end.status, end.ratio, end.h,
+                   None)
+    return base.Outputs(u, None, None), aux, base.Solved(x, kept, end)
+
+
+def opened(run: Run, solved: base.Solved) -> tuple[base.Solved, Any]:
+    """As `base.opened`, for what `forward` left."""
+    stepper = base.bound(run, solved.x)
+    return solved._replace(log=run.be.recall(solved.log, stepper)), stepper
+
+
+def remade(run: Run, solved: base.Solved) -> base.Solved:
+    """What a solve without a budget leaves: all steps, taken once more."""
+    opening, _ = opened(run, solved)
+    return solved._replace(log=run.be.remade(opening.log, solved.x.u0))

@@ -1,0 +1,227 @@
+"""Logs that keep some states only, for frameworks that run eagerly, and the reverse pass that takes steps again."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .checkpoint import Plan, reverse
+from .records import Array, Contribution, Record, Scalar
+
+Stepper = Any
+
+
+class Checkpoints:
+    """A sink that keeps times and sizes of all steps, some states as the plan has it, and the newest step whole.
+
+    `sampler` is a sink that gets every step as well, for the output that the forward solve hands out.
+    """
+
+    def __init__(self, be: Any, plan: Plan, stepper: Stepper, sampler: Any) -> None:
+        self.be, self.plan, self.stepper, self.sampler = be, plan, stepper, sampler
+        self.t, self.h = array("d"), array("d")
+        self.whole: list[Record] | None = [] if plan.whole else None
+        self.places = plan.places()
+        self.states: Any = {} if plan.spill is None else Spilled(be, plan.spill)
+        self.newest: Record | None = None
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def add(self, record: Record) -> None:
+        if self.sampler is not None:
+            self.sampler.add(record)
+        self.t.append(record.t)
+        self.h.append(record.h)
+        self.newest = record
+        if self.whole is None:
+            self._keep(len(self.t) - 1, record)
+        elif len(self.whole) < self.plan.whole:
+            self.whole.append(record)
+        else:
+            early, self.whole = self.whole, None
+            for n in range(len(early)):
+                self._keep(n, early[n])
+                early[n] = record  # lets go of the stages
+            self._keep(len(self.t) - 1, record)
+
+    def _keep(self, n: int, record: Record) -> None:
+        slot = next(self.places)
+        if slot >= 0:
+            k = self.stepper.start(record)
+            self.states[slot] = n, record.u, None if k is None else self.be.copy(k)
+
+    def held(self) -> dict[int, int]:
+        """Which state lies in which slot."""
+        return self.states.steps if isinstance(self.states, Spilled) else {s: x[0] for s, x in self.states.items()}
+
+    def result(self) -> tuple[Checkpoints, Any]:
+        sampler, self.sampler = self.sampler, None
+        return self, None if sampler is None else sampler.result()
+
+
+class Spilled:
+    """States in a file without a name, which is gone with this object; `steps` says which."""
+
+    def __init__(self, be: Any, folder: str) -> None:
+        self.be, self.steps = be, dict[int, int]()
+        self.file = tempfile.TemporaryFile(dir=folder or None)
+        weakref.finalize(self, self.file.close)
+        self.like: tuple[Array, Array | None] | None = None
+
+    def __setitem__(self, slot: int, state: tuple[int, Array, Array | None]) -> None:
+        n, *vectors = state
+        raw = b"".join(self.be.to_bytes(v) for v in vectors if v is not None)
+        self.like = state[1:]
+        self.steps[slot] = n
+        self.file.seek(slot * len(raw))
+        self.file.write(raw)
+
+    def __getitem__(self, slot: int) -> tuple[int, Array, Array | None]:
+        assert self.like is not None
+        u, k = self.like
+        size = len(self.be.to_bytes(u))
+        self.file.seek(slot * size * (1 if k is None else 2))
+        u = self.be.from_bytes(self.file.read(size), u)
+        return self.steps[slot], u, None if k is None else self.be.from_bytes(self.file.read(size), k)
+
+
+class Nodes:
+    """A sink that keeps the state at the start of every step."""
+
+    def __init__(self) -> None:
+        self.u: list[Array] = []
+
+    def add(self, record: Record) -> None:
+        self.u.append(record.u)
+
+    def result(self) -> list[Array]:
+        return self.u
+
+
+class Recall:
+    """The steps of a solve from the newest to the first, taken again where they were not kept; `taken` counts them."""
+
+    def __init__(self, kept: Checkpoints, stepper: Stepper) -> None:
+        self.kept, self.stepper, self.taken = kept, stepper, 0
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def replay(self, body: Callable, state: Any, extra: Any) -> Any:
+        """As `Loops.replay`."""
+        for n, record in self.backwards():
+            out = extra.at(n, record) if isinstance(extra, Pulled) else None if extra is None else extra[n]
+            state = body(state, record, out, n == len(self) - 1)
+        return state
+
+    def backwards(self) -> Iterator[tuple[int, Record]]:
+        """`(number, record)` of each step, the newest first.
+
+        Slots are used anew as they become free, so a second pass finds fewer states that help it, and takes longer.
+        """
+        kept, stepper = self.kept, self.stepper
+        t, h, states = kept.t, kept.h, kept.states
+        if kept.whole is not None:
+            yield from ((n, kept.whole[n]) for n in reversed(range(len(kept.whole))))
+            return
+        u = k = None
+        for kind, n, slot in reverse(len(t), kept.plan.slots, kept.held()):
+            if kind == "restore":
+                _, u, k = states[slot]
+            elif kind == "store":
+                states[slot] = n, u, k if k is None else kept.be.copy(k)
+            elif kind == "advance":
+                u, K = stepper.step(t[n], h[n], u, k)
+                k = stepper.carry(K)
+                self.taken += 1
+            elif n == len(t) - 1 and kept.newest is not None:
+                yield n, kept.newest
+            else:
+                self.taken += 1
+                yield n, stepper.retake(t[n], h[n], u, k)
+
+    def forwards(self, u: Array) -> Iterator[Record]:
+        """All steps from the first, which starts from `u`, to the newest."""
+        kept, stepper = self.kept, self.stepper
+        if kept.whole is not None:
+            yield from kept.whole
+            return
+        held = kept.held()
+        k = kept.states[min(held, key=lambda slot: held[slot])][2] if held else None
+        for t, h in zip(kept.t, kept.h, strict=True):
+            u1, K = stepper.step(t, h, u, k)
+            yield Record(t, h, u, K)
+            u, k = u1, stepper.carry(K)
+
+
+class Pulled:
+    """Cotangents of the output inside steps, pulled back as the steps come by; afterwards `ts` has those of the times.
+
+    `transpose` as in `Loops.sample_vjp`; `groups` are the numbers of the output times in each step.
+    """
+
+    def __init__(self, be: Any, transpose: Callable, ts: Any, ct: Array, groups: dict[int, list[int]],
+                 newest: int) -> None:
+        self.be, self.transpose, self.times, self.ct, self.groups = be, transpose, ts, ct, groups
+        self.ts = [0.0] * len(ts)
+        self.silent = newest not in groups
+
+    def at(self, n: int, record: Record) -> Contribution | None:
+        """What the output inside step `n` contributes."""
+        members = self.groups.get(n)
+        if members is None:
+            return None
+        rows = self.be.xp.stack([self.ct[i, :] for i in members])
+        out, bars = self.transpose(record, [self.times[i] for i in members], rows)
+        for i, bar in zip(members, bars, strict=True):
+            self.ts[i] = bar
+        return out
+
+
+class Recomputing:
+    """Primitives of a backend for solves that keep some states only; the base of `Loops`."""
+
+    def checkpoints(self, plan: Plan, stepper: Stepper, saves: Any, ts: Any, u0: Array, direction: Scalar,
+                    capacity: int) -> Any:
+        """A sink that keeps what `plan` says; its result is `(kept, rows)`, `kept` for `recall`.
+
+        `rows` holds the states at the times `ts`, the states that steps start from for `saves="steps"` (see
+        `node_rows`), or None.
+        """
+        be: Any = self
+        sampler: Any = None
+        if saves == "steps":
+            sampler = Nodes()
+        elif saves is not None:
+            sampler = be.sampler(stepper.interpolate, ts, u0, direction, capacity, stepper.restage)
+        return Checkpoints(self, plan, stepper, sampler)
+
+    def recall(self, kept: Any, stepper: Stepper) -> Any:
+        """What `checkpoints` kept as a log for `replay`, `sample_vjp` and `nodes_vjp`, which takes steps again."""
+        return Recall(kept, stepper)
+
+    def recalled(self, log: Any, extra: Any) -> tuple[Any, Any]:
+        """What a `replay` of `recall` leaves: steps taken again, and the cotangents of the times of `sample_vjp`."""
+        return log.taken, extra.ts if isinstance(extra, Pulled) else None
+
+    def remade(self, log: Any, u0: Array) -> Any:
+        """All steps of a `recall` in a log as `store` makes it."""
+        be: Any = self
+        sink = be.store(len(log))
+        for record in log.forwards(u0):
+            sink.add(record)
+        return sink.result()
+
+    def node_rows(self, rows: Any, log: Any, end: Array, t_end: Scalar) -> tuple[Array, Any]:
+        """As `Loops.nodes`, from the rows that `checkpoints` collected for "steps"."""
+        xp = self.xp  # type: ignore[attr-defined]
+        states = [*rows[1:], end] if rows else []
+        u = xp.stack(states) if states else xp.reshape(end, (1, -1))[:0, :]
+        return u, [*log.t[1:], t_end] if rows else []
+
+
+__all__ = ["Checkpoints", "Pulled", "Recall", "Recomputing"]

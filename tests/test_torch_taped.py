@@ -1,0 +1,133 @@
+"""Recorded steps on PyTorch give the products that single stages give."""
+
+import numpy as np
+import pytest
+
+import sensitivity as sa
+
+torch = pytest.importorskip("torch")
+_ahead = pytest.importorskip("sensitivity_torch._ahead")
+_taped = pytest.importorskip("sensitivity_torch._taped")
+
+N = _ahead.LARGEST + 4
+METHODS = {"Tsit5": (sa.Tsit5(), {"rtol": 1e-6}), "RK4": (sa.RK4(), {"dt": 0.05}), "Euler": (sa.Euler(), {"dt": 0.02})}
+SAVES = {"end": None, "steps": "steps", "times": torch.tensor([0.9, 0.1, 0.4], dtype=torch.float64)}
+
+
+def weights(hidden, scale=0.3):
+    rng = np.random.default_rng(0)
+    return [torch.tensor(scale * rng.normal(size=shape)) for shape in ((N, hidden), (hidden, N))]
+
+
+def state():
+    return torch.linspace(-1.0, 1.0, N, dtype=torch.float64)
+
+
+def net(t, u, p):
+    return torch.tanh(u @ p[0]) @ p[1] + torch.sin(t)
+
+
+def branching(t, u, p):
+    """Reads a value, so that it cannot be evaluated at many points at once."""
+    return net(t, u, p) * (1.0 if u.sum().item() > -1e9 else 2.0)
+
+
+def scalar(t, u, p):
+    return p[0] * torch.tanh(torch.roll(u, 1)) - p[1] * u * t
+
+
+def gradients(monkeypatch, f, p, method, saveat, sensealg):
+    """The gradient by recorded steps and the one by single stages."""
+    alg, options = METHODS[method]
+    prob = sa.ODEProblem(f, state(), (0.0, 1.0), p)
+    out = []
+    for suits in (_taped.suits, lambda *_: False):
+        monkeypatch.setattr(_taped, "suits", suits)
+        out.append(sa.gradient(prob, alg, loss=lambda sol: (sol.u**2).sum(), saveat=saveat, sensealg=sensealg,
+                               **options))
+    monkeypatch.undo()
+    return out
+
+
+def assert_same(new, old):
+    assert new.value == pytest.approx(float(old.value), rel=1e-14)
+    torch.testing.assert_close(new.u0, old.u0, rtol=1e-12, atol=1e-13)
+    for a, b in zip(new.p, old.p, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert new.stats == old.stats
+
+
+@pytest.mark.parametrize("budget", [{}, {"checkpoints": 3}], ids=str)
+@pytest.mark.parametrize("saves", SAVES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["few parameters", "many parameters", "not batched"])
+def test_equals_single_stages(monkeypatch, kind, method, saves, budget):
+    """Few parameters: joint products; many: deferred to blocks; those fall back on single points where they must."""
+    f, p = {"few parameters": (scalar, [torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.3).double()]),
+            "many parameters": (net, weights(60)), "not batched": (branching, weights(60))}[kind]
+    assert (sum(v.numel() for v in p) > _taped.DEFERRED * N) == (kind != "few parameters")
+    assert_same(*gradients(monkeypatch, f, p, method, SAVES[saves], sa.RecursiveCheckpointAdjoint(**budget)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_beyond_the_room_are_taken_again(monkeypatch, method):
+    monkeypatch.setattr(_taped, "ROOM", 20_000)
+    assert_same(*gradients(monkeypatch, net, weights(60), method, None, sa.RecursiveCheckpointAdjoint()))
+
+
+def test_room_is_what_autograd_keeps():
+    """A tanh layer keeps its input and its output; parameters are not counted."""
+    p = weights(50)
+    with torch.enable_grad():
+        measured = _taped._Measured(p)
+        with measured:
+            net(torch.tensor(0.0), state().requires_grad_(), [w.requires_grad_() for w in p])
+    assert measured.bytes == 8 * (N + 50)
+
+
+@pytest.mark.parametrize("hidden", [2, 60])
+def test_module_parameters(hidden):
+    """Parameters that f finds by itself, with gradients by `backward`, twice over one graph."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(N, hidden).double(), torch.nn.Linear(hidden, N).double()
+
+        def forward(self, t, u, p):
+            return self.b(torch.tanh(self.a(u)))
+
+    torch.manual_seed(0)
+    module, found = Net(), []
+    for sensealg in (sa.RecursiveCheckpointAdjoint(), sa.RecursiveCheckpointAdjoint(checkpoints=2),
+                     sa.DirectAdjoint()):
+        loss = sa.solve(sa.ODEProblem(module, state(), (0.0, 1.0)), sa.Tsit5(), sensealg=sensealg).u.sum()
+        first = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+        found += [first, torch.autograd.grad(loss, list(module.parameters()))]
+    for other in found[:-1]:
+        for a, b in zip(other, found[-1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_rows_of_a_jacobian():
+    """`jacrev` pulls many cotangents back through one solve."""
+    p = weights(4)
+
+    def end(w):
+        return sa.solve(sa.ODEProblem(net, state(), (0.0, 1.0), [w, p[1]]), sa.Tsit5()).u[-1, :3]
+
+    jacobian = torch.func.jacrev(end)(p[0])
+    w = p[0].clone().requires_grad_()
+    rows = [torch.autograd.grad(end(w)[i], w)[0] for i in range(3)]
+    torch.testing.assert_close(jacobian, torch.stack(rows), rtol=1e-11, atol=1e-13)
+
+
+def test_a_parameter_changed_in_place_is_noticed():
+    """Between solve and gradient, as PyTorch itself does."""
+    w = weights(60)
+    w = [v.requires_grad_() for v in w]
+    loss = sa.solve(sa.ODEProblem(net, state(), (0.0, 1.0), w), sa.Tsit5()).u.sum()
+    with torch.no_grad():
+        w[0] *= 2.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
