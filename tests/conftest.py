@@ -87,8 +87,10 @@ def jax_lab():
 SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "ForwardSensitivity", "test_loss_of",
                "ForwardADSensitivity", "test_the_discrete_tangent_is", "test_dense_output_by_both",
                "BacksolveAdjoint", "GaussAdjoint", "QuadratureAdjoint",
-               "test_residuals", "test_every_product")
-QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
+               "test_residuals", "test_every_product", "test_discrete_adjoint_is_exact",
+               "test_stiff_problems", "jax-dae_", "test_constraints_hold", "test_outputs_between",
+               "test_attached_to_the")
+QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]")
 
 
 def pytest_collection_modifyitems(items):
