@@ -20,6 +20,7 @@ from .errors import (
     BrokenGradientError,
     CapturedValueError,
     ImpureFunctionError,
+    IndexTooHigh,
     InputError,
     MixedFrameworksError,
     NumericalDerivativeWarning,
@@ -39,7 +40,24 @@ from .errors import (
 from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
 from .hessians import hessian, hessian_vector_product
-from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
+from .methods import (
+    BS3,
+    RK4,
+    Dopri5,
+    Dopri8,
+    Euler,
+    Heun,
+    ImplicitEuler,
+    ImplicitMidpoint,
+    Kvaerno3,
+    Kvaerno5,
+    Method,
+    Midpoint,
+    Rodas5P,
+    RungeKutta,
+    Trapezoid,
+    Tsit5,
+)
 from .problems import ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
@@ -77,9 +95,15 @@ __all__ = [
     "Gradient",
     "GradientCheck",
     "Heun",
+    "ImplicitEuler",
+    "ImplicitMidpoint",
     "ImpureFunctionError",
+    "IndexTooHigh",
     "InputError",
     "InterpolatingAdjoint",
+    "Kvaerno3",
+    "Kvaerno5",
+    "Method",
     "Midpoint",
     "MixedFrameworksError",
     "NumericalDerivativeWarning",
@@ -92,6 +116,7 @@ __all__ = [
     "RecursiveCheckpointAdjoint",
     "RetCode",
     "ReverseVJP",
+    "Rodas5P",
     "RungeKutta",
     "ScipySolver",
     "SensitivityAlgorithm",
@@ -104,6 +129,7 @@ __all__ = [
     "TimesError",
     "ToleranceError",
     "TracingError",
+    "Trapezoid",
     "Tsit5",
     "UnstableSensealgError",
     "UnstableSensealgWarning",

@@ -34,6 +34,7 @@ class Backend(Loops):
     modes : subset of `{"reverse", "forward"}`: derivatives of a callable that the framework offers.
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
+    sparse : whether Jacobians may be sparse matrices.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
     holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
@@ -44,6 +45,7 @@ class Backend(Loops):
     modes: frozenset[str] = frozenset()
     opaque = False
     holds_numpy = False
+    sparse = False
     attaches = False
     complex = True
     how_to_get_ad = ""
@@ -162,6 +164,12 @@ class Backend(Loops):
         with self.quiet():
             return getattr(algorithm, name)(run, *args, wanted)
 
+    def known(self, run: Any, x: Any) -> tuple[Any, Any] | None:
+        """The run and its inputs as plain arrays whose values are known now, or None."""
+        flat = (self.xp.reshape(v, (-1,)) for v in (x.u0, *x.theta))
+        there = self.concrete(x.t0) is not None and all(self.concrete_times(v) is not None for v in flat)
+        return (run, x) if there else None
+
     def quiet(self) -> Any:
         """Context in which the framework records nothing for differentiation."""
         return contextlib.nullcontext()
@@ -208,6 +216,52 @@ class Backend(Loops):
         del loss, args, d
         return None
 
+    def jacobian(self, rhs: Callable) -> Callable:
+        """`jac(t, u) -> (n, n)`, the derivative of `rhs(t, u)` with respect to `u`."""
+        push = self.jvp(lambda _: rhs, (), ())
+
+        def jac(t: Any, u: Array) -> Array:
+            n = u.shape[0]
+            return push(t, u, self.unit_rows(n, n, 0, u), None)[1].T
+
+        return jac
+
+    def is_sparse(self, A: Any) -> bool:
+        """Whether `A` is a sparse matrix, on backends with `sparse`."""
+        raise NotImplementedError
+
+    def assembled(self, rows: Any, columns: Any, values: Array, n: int) -> Any:
+        """The sparse `(n, n)` matrix with these entries, on backends with `sparse`."""
+        raise NotImplementedError
+
+    def shifted(self, J: Any, c: Scalar, M: Array | None = None) -> Any:
+        """`M - c J`, the identity for M = None."""
+        n = J.shape[0]
+        return (self.unit_rows(n, n, 0, J) if M is None else M) - c * J
+
+    def keep(self, x: Array, value: Any) -> None:
+        """Let `kept(x)` find `value` for as long as this very array lives, if there is room."""
+
+    def kept(self, x: Array) -> Any:
+        """What was kept with this very array, or None."""
+        del x
+        return None
+
+    def directional(self, g: Callable[[Scalar], tuple], size: Scalar) -> tuple:
+        """Derivative at 0 of a tuple of arrays `g(e)`: here by central differences, for a direction of this size."""
+        e = self.eps(self.default_float()) ** (1 / 3) / self.choose(size > 0.0, size, 1.0)
+        return tuple((a - b) / (2.0 * e) for a, b in zip(g(e), g(-e), strict=True))
+
+    def concrete_matrix(self, A: Array) -> Any:
+        """A matrix as NumPy numbers if they are known now, else None."""
+        rows = [self.concrete_times(A[i, :]) for i in range(A.shape[0])]
+        return None if None in rows else _numbers(rows)
+
+    def factorize(self, A: Array) -> Callable[..., Array]:
+        """`solve(b, transposed=False)` for `A x = b` or `A^T x = b`; `b` is one vector or a row for each."""
+        inverse = self.xp.linalg.inv(A)
+        return lambda b, transposed=False: b @ (inverse if transposed else inverse.T)
+
     def loss_vjp(self, loss: Callable, args: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]] | None:
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""
         del loss, args
@@ -239,3 +293,9 @@ class Backend(Loops):
         """Whether the framework's AD sees that `f` depends on `u`; None if it cannot tell."""
         del f, t, u, p
         return None
+
+
+def _numbers(rows: list[Any]) -> Any:
+    from .registry import registry
+
+    return registry().backend("numpy").xp.asarray(rows)

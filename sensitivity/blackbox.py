@@ -63,7 +63,7 @@ class BlackBox(Method):
             return None
         return f"it calls f with NumPy arrays, and the arrays are those of {be.name}"
 
-    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
         return Marching(be, self, rhs, jac)
 
     def accept(self, controller: Any, **options: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from .algorithms.base import bound, unsupported
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.gauss import GaussAdjoint
 from .errors import UnsupportedCombination
 from .integrate import Run
+from .mass import check_index
 from .system import Inputs
 from .trust import checked_once
 from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
@@ -57,6 +59,10 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
         raise UnsupportedCombination(f"{sensealg.name} does not go with events", "it has no jump conditions for them",
                                      "sensealg=RecursiveCheckpointAdjoint()")
     sensealg.refuse(run)
+    if run.mass is not None:
+        if not sensealg.algebraic:
+            raise unsupported(sensealg.name, "a singular mass matrix", "RecursiveCheckpointAdjoint()")
+        _check_index(run, x)
     return replace(sensealg, vjp=vjp, because=because), run
 
 
@@ -66,6 +72,19 @@ def _algorithm(run: Run) -> tuple[Any, str]:
         return GaussAdjoint(), f"{run.method.name} shows its solution and not its stages, so the adjoint is continuous"
     return RecursiveCheckpointAdjoint(), ("exact gradient of the computed solution; costs one product with the "
                                           "derivatives of f per stage")
+
+def _check_index(run: Run, x: Inputs) -> None:
+    """Refuse what is no index-1 problem, where the numbers are known."""
+    known = run.be.known(run, x)
+    if known is None:
+        return
+    run, x = known
+    be = run.be
+    with be.quiet():
+        stepper: Any = bound(run, x)
+        t = be.time(be.scalar(x.t0))
+        start, _ = stepper.start(t, x.u0)
+        check_index(be, run.mass, stepper.jac.near, t, start if be.isfinite(be.rms(start)) else x.u0)
 
 
 def choose_vjp(run: Run, x: Inputs, verify: bool = True) -> tuple[VJP, str]:

@@ -88,6 +88,12 @@ class UnsupportedCombination(SensitivityError, NotImplementedError):
     code = "SN110"
 
 
+class IndexTooHigh(UnsupportedCombination):
+    """A differential-algebraic equation has index 2 or more, or dependent constraints."""
+
+    code = "SN112"
+
+
 class CapturedValueError(SensitivityError, ValueError):
     """`f` closes over a value that is being differentiated and that cannot be reached."""
 

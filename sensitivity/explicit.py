@@ -12,6 +12,9 @@ Reverse, with `lam` the cotangent of `u1` and `kbar_i` what outputs inside the s
 
 A first-same-as-last method evaluates its last stage at `(t1, u1)` and reuses it as the next first stage, so the
 cotangent of the first stage is carried (`kappa`) to the step before, where the two uses meet in one product.
+
+Implicit stages (`a_ii != 0`) have the same transpose, but for one linear equation each, which `solver` provides:
+`w_i` is replaced by the solution `x_i` of the equation in `implicit.py`.
 """
 
 from __future__ import annotations
@@ -86,21 +89,24 @@ def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Arr
 
 
 def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-             state: Adjoint) -> Adjoint:
+             state: Adjoint, solver: Any = None) -> Adjoint:
     """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.
 
     With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
+    `solver(t, u, h)` solves the linear equation of one stage.
     """
     t, h, u, K = record
     lam, stages_out = state.lam, None if out is None else out.k
-    inputs, times = be.inputs(tab.a, u, h, K), be.times(t, h, tab.c)
+    inputs, times = be.inputs(tab.inner, u, h, K), be.times(t, h, tab.c)
     base = be.seeds(tab.b, h, lam, stages_out, state.kappa)
-    silent_end = tab.fsal and state.kappa is None and stages_out is None
+    silent_end = tab.fsal and tab.b[-1] == 0.0 and state.kappa is None and stages_out is None
     order = tuple(range(tab.stages - 1 - silent_end, -1 + tab.fsal, -1))
 
     def row(carry: tuple, x: tuple, v: Array) -> tuple[tuple, Array]:
         theta, moved, stretched = carry
         time_i, c_i, u_i = x
+        if solver is not None:
+            v = solver(time_i, u_i, h)(v, transposed=True)
         y, theta_bar, t_bar = pull(time_i, u_i, v)
         if time:
             moved, stretched = moved + t_bar, stretched + c_i * t_bar
@@ -116,7 +122,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
     if time:
         slope = be.combine(None, 1.0, tab.b, K)
         change = be.dot(lam, slope) + stretched
-        moves = be.inputs(tab.a, 0.0 * u, 1.0, K)
+        moves = be.inputs(tab.inner, 0.0 * u, 1.0, K)
         for position, i in enumerate(order):
             change = change + be.dot(Y[position, :], moves[i])
         if out is not None:
@@ -129,15 +135,15 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
 
 
 def step_jvp(be: Any, tab: Tableau, push: Any, record: Record, dt: Array | None, dh: Array | None,
-             state: Tangent) -> tuple[Tangent, Array]:
+             state: Tangent, solver: Any = None) -> tuple[Tangent, Array]:
     """Push `m` tangents across one step; `push(t, u, du, dt) -> (f, df)`. Returns the new state and `dK` `(s, m, n)`.
 
-    `dt` and `dh`, shape `(m,)`, move the start of the step and change its size.
+    `dt` and `dh`, shape `(m,)`, move the start of the step and change its size; `solver` as in `step_vjp`.
     """
     t, h, u, K = record
     m, n = state.u.shape
-    inputs, times = be.inputs(tab.a, u, h, K), be.times(t, h, tab.c)
-    moves = None if dh is None else be.inputs(tab.a, 0.0 * u, 1.0, K)
+    inputs, times = be.inputs(tab.inner, u, h, K), be.times(t, h, tab.c)
+    moves = None if dh is None else be.inputs(tab.inner, 0.0 * u, 1.0, K)
 
     def row(carry: Any, x: tuple, v: Array) -> tuple[Any, Array]:
         time_i, c_i, u_i, move_i = x
@@ -147,6 +153,8 @@ def step_jvp(be: Any, tab: Tableau, push: Any, record: Record, dt: Array | None,
             dv = dv + dh[:, None] * move_i[None, :]
             dt_i = dt + c_i * dh
         _, dk = push(time_i, u_i, dv, dt_i)
+        if solver is not None:
+            dk = solver(time_i, u_i, h)(dk)
         return carry, be.xp.reshape(dk, (m * n,))
 
     xs = (times, tab.c, inputs, inputs if moves is None else moves)

@@ -14,12 +14,12 @@ from .choose import auto, choose
 from .costs import Cost
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
+from .jacobian import sizes
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
 from .solve import build, checked, count, finished, judge, prepare_options, warn_numerical
 from .system import Inputs
-from .vjp import sizes
 
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 

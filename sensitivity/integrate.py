@@ -19,7 +19,8 @@ class Run:
     """What is fixed for one solve and known before it starts; hashable, so that compiled solves can be reused.
 
     `saves` is None (the end), an int (equally spaced), "steps", or "ts" (times given in the inputs). `kind` holds
-    what only one kind of problem has; None for an ODE. `carried` are the shapes of parameters that events change.
+    what only one kind of problem has; None for an ODE. `carried` are the shapes of parameters that events change,
+    `mass` is a singular mass matrix or None, `sparsity` the pattern of the Jacobian.
     """
 
     be: Any = field(compare=False)
@@ -44,6 +45,8 @@ class Run:
     events: tuple[Any, ...] = ()
     max_events: int = 0
     carried: tuple[tuple[int, ...], ...] = ()
+    mass: Any = None
+    sparsity: Any = None
 
     @property
     def inside(self) -> bool:
@@ -52,6 +55,8 @@ class Run:
 
     def stepper(self, rhs: Callable, jac: Any = None) -> Stepper:
         """The method of the forward solve, bound to `rhs`."""
+        if self.mass is not None:
+            return self.method.bind(self.be, rhs, self.inside, jac, self.mass)
         return self.method.bind(self.be, rhs, self.inside, jac)
 
 
@@ -69,6 +74,7 @@ class State(NamedTuple):
     rejected: Any
     status: Any
     watch: Any = None
+    iterations: Any = 0
 
 
 class Span(NamedTuple):
@@ -94,7 +100,7 @@ def initial_step(run: Run, stepper: Stepper, s: Span, u: Array, k: Array, rtol: 
     h0 = be.choose(small, 1e-6, 0.01 * d0 / be.choose(small, 1.0, d1))
     h0 = be.least(h0, abs(s.t1 - s.t0))
     h = s.direction * h0
-    slope = stepper.rhs(be.time(s.t0 + h), be.combine(u, h, (1.0,), k[None, :]))
+    slope = stepper.derivative(be.time(s.t0 + h), be.combine(u, h, (1.0,), k[None, :]))
     d2 = norm(be.scaled(slope - k, u, u, rtol, atol)) / be.choose(h0 > 0.0, h0, 1.0)
     top = be.greatest(d1, d2)
     flat = top <= 1e-15
@@ -123,11 +129,14 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         if run.dt is not None:
             h = s.direction * run.dt
         else:
-            assert k0 is not None
-            h = initial_step(run, stepper, s, u0, k0, rtol, atol, norm)
+            slope = stepper.derivative(be.time(s.t0), u0) if k0 is None else k0
+            h = initial_step(run, stepper, s, u0, slope, rtol, atol, norm)
+    if controller.adaptive:
+        stepper = stepper.within(rtol, atol, norm)
+    broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
     length = abs(s.t1 - s.t0)
     eps = be.eps(be.time_dtype(u0.dtype))
-    k = stepper.order
+    k = stepper.error_order
     delta = None if s.shift is None else s.shift[1] - s.shift[0]
 
     def tell(t: Scalar) -> None:
@@ -147,13 +156,13 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
             last = last & no(state.watch.seeking)
         h = be.choose(last, remaining, s.direction * wanted)
         t_f, h_f = (state.t, h) if s.shift is None else _shifted(be, s, state.t, h, last & (target == s.t1), delta)
-        u1, K = stepper.step(t_f, h_f, state.u, state.k)
+        u1, K, spent = stepper.attempt(t_f, h_f, state.u, state.k)
         record = Record(t_f, h_f, state.u, K)
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
             tell(t)
             new = State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio, state.accepted + 1, state.rejected,
-                        state.status)
+                        state.status, iterations=state.iterations + spent)
             return watched(state, new, record, True)
         ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)
@@ -161,12 +170,12 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         h_next = be.choose(last & keep, s.direction * be.greatest(wanted, abs(h) * factor), h * factor)
         tiny = 16.0 * eps * be.greatest(abs(t), eps * length) if run.dtmin is None else run.dtmin
         stuck = (abs(h_next) < tiny) & (t != s.t1)
-        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
+        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), broken),
                            state.status)
         tell(t)
         u, k_next = be.choose(keep, (u1, stepper.carry(K)), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
-                    state.rejected + be.choose(keep, 0, 1), status)
+                    state.rejected + be.choose(keep, 0, 1), status, iterations=state.iterations + spent)
         return watched(state, new, record, keep)
 
     def watched(state: State, new: State, record: Record, keep: Any) -> tuple[State, Record, Any]:
@@ -182,7 +191,7 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
                   None if watch is None else watch.start(s.t0, u0))
     end, result = be.iterate(advance, start, running, limit or run.max_steps, sink)
     if not controller.adaptive:
-        end = end._replace(status=be.choose(be.isfinite(be.rms(end.u)), end.status, int(RetCode.NonFinite)))
+        end = end._replace(status=be.choose(be.isfinite(be.rms(end.u)), end.status, broken))
     short = (end.t != s.t1) & (end.status == int(RetCode.Success))
     if watch is not None:
         short = short & no(end.watch.ended)
@@ -197,4 +206,4 @@ def _shifted(be: Any, s: Span, t: Scalar, h: Scalar, last: Any, delta: Any) -> t
 
 def evaluations(run: Run, stepper: Stepper, end: State, started: bool = False) -> Any:
     """How often `f` was evaluated: by the formula, which the tests compare with a counter."""
-    return stepper.evaluations(end.accepted + end.rejected, started or run.dt is not None)
+    return stepper.evaluations(end.accepted + end.rejected, started or run.dt is not None) + end.iterations

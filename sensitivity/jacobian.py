@@ -1,11 +1,17 @@
-"""The Jacobian `f_u` as implicit methods need it."""
+"""The Jacobian `f_u` as implicit methods need it.
+
+`near` steers Newton's iteration, which corrects its errors: differences will do. `exact` stands in the linear
+equations of the discrete adjoint, and is as exact as the products with the derivatives of `f` are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from .backend import Array
+from .sparsity import by_columns, by_rows
 
 
 class Jacobian(NamedTuple):
@@ -14,8 +20,8 @@ class Jacobian(NamedTuple):
     `sparsity` is the pattern, where it is known.
     """
 
-    near: Callable[[Any, Array], Array] | None
-    exact: Callable[[Any, Array], Array] | None
+    near: Any
+    exact: Any
     sparsity: Any = None
 
 
@@ -31,3 +37,67 @@ def given(run: Any, x: Any) -> Jacobian | None:
         return jac(t, be.unflatten(field.u.structure, field.u.unravel(be, u)), p)
 
     return Jacobian(flat, flat, sparsity)
+
+
+def of_field(run: Any, x: Any) -> Jacobian | None:
+    """The Jacobian of the user's vector field: given with the problem, by AD, or by differences."""
+    be, field, known = run.be, run.field, given(run, x)
+    if not run.method.one_step:
+        return known
+    if known is not None and known.exact is not None and field.p.count == len(x.theta):
+        n, user = field.u.size, known.exact
+
+        def jac(t: Any, u: Array) -> Array:
+            J = user(t, u)
+            if be.sparse and be.is_sparse(J):
+                return J
+            return be.xp.reshape(be.asarray(J, dtype=u.dtype, device=be.device(u)), (n, n))
+
+        return Jacobian(jac, jac)
+    if run.vjp is None:
+        return None
+    exact = run.vjp.jacobian(run, x)
+    rough = be.opaque or "reverse" not in be.modes
+    rhs = field.bind(be, x.theta, x.constants)
+    if be.sparse and run.sparsity is not None and run.sparsity.size == field.u.size:
+        central = partial(between, rhs), lambda u: be.eps(u.dtype) ** (1 / 3) * sizes(be, u, 1e-3)
+        near = by_columns(be, run.sparsity, *central)
+        if type(run.vjp).__name__ == "FiniteDifferenceVJP":
+            return Jacobian(near, near)
+        return Jacobian(near, by_rows(be, run.sparsity, run.vjp.pullback(run, x, params=False)))
+    return Jacobian(differences(be, rhs, run.method.exact_jacobian) if rough else exact, exact)
+
+
+def of_function(be: Any, rhs: Callable[[Any, Array], Array]) -> Jacobian:
+    """The Jacobian of any right-hand side: by AD where AD traces, else by differences."""
+    jac = be.jacobian(rhs) if be.traced else differences(be, rhs)
+    return Jacobian(jac, jac)
+
+
+def between(rhs: Callable[[Any, Array], Array], t: Any, u: Array, step: Array) -> Array:
+    """Central difference of `rhs` along a step."""
+    return (rhs(t, u + step) - rhs(t, u - step)) / 2.0
+
+
+def differences(be: Any, rhs: Callable[[Any, Array], Array], central: bool = False) -> Callable[[Any, Array], Array]:
+    """Forward differences with step `sqrt(eps)` times the size of each entry, `n + 1` evaluations; central ones, with
+    step `eps^(1/3)`, take `2 n`."""
+
+    def jac(t: Any, u: Array) -> Array:
+        n = u.shape[0]
+        step = be.eps(u.dtype) ** (1 / 3 if central else 0.5) * sizes(be, u, 1e-3)
+        moves = step[:, None] * be.unit_rows(n, n, 0, u)
+        f = None if central else rhs(t, u)
+        _, rows = be.scan(lambda _, x: (0, rhs(t, u + x[0]) - (rhs(t, u - x[0]) if central else f)), 0, (moves,))
+        return (be.gathered(rows) / ((2.0 if central else 1.0) * step[:, None])).T
+
+    return jac
+
+
+def sizes(be: Any, x: Array, floor: float) -> Array:
+    """The size of every entry, at least `floor` times the largest; 1 where that is zero."""
+    xp = be.xp
+    size = xp.abs(x)
+    if floor:
+        size = xp.maximum(size, floor * xp.max(size))
+    return xp.where(size > 0.0, size, xp.ones_like(size))

@@ -339,6 +339,11 @@ class Loops(Recomputing):
     def permuted_rows(self, rows: Array, order: Sequence[int]) -> Array:
         return self.xp.stack([rows[i, :] for i in order])
 
+    def put(self, rows: Array, i: Any, row: Array) -> Array:
+        """`rows` with row `i` replaced; may overwrite `rows`, which is not used afterwards."""
+        rows[i, ...] = row
+        return rows
+
     def poly(self, coefficients: Sequence, x: Sequence[Scalar], like: Array) -> Array:
         """Matrix with entries `p_j(x_i)`, `p_j(x) = sum_k coefficients[j][k] x^k`."""
         points = self.vector(x, like)[:, None]

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-from . import tableaus
+from . import diagonal, tableaus
+from .algebraic import Algebraic, AlgebraicRosenbrock
+from .diagonal import Diagonal
 from .explicit import Explicit
+from .implicit import Implicit
+from .rosenbrock import RODAS5P, Linear, Rosenbrock
 from .stepper import Stepper
 from .tableaus import Tableau
 
@@ -19,6 +23,7 @@ class Method:
     references: ClassVar[tuple[str, ...]] = ()
     implicit: ClassVar[bool] = False
     one_step: ClassVar[bool] = True
+    exact_jacobian: ClassVar[bool] = False
 
     def missing(self, be: Any) -> str | None:
         """Why this method cannot run on a backend, or None."""
@@ -34,9 +39,17 @@ class Method:
         """Whether steps have an error estimate."""
         raise NotImplementedError
 
-    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
-        """The method for `u' = rhs(t, u)`; `dense` asks for output between the steps, `jac` is what is known of
-        the derivative of `rhs` (a `Jacobian`)."""
+    @property
+    def algebraic(self) -> bool:
+        """Whether constraints, from a singular mass matrix, can be solved for: the last stage is the new state."""
+        return False
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        """The method for `M u' = rhs(t, u)`; `dense` asks for output between the steps.
+
+        Implicit methods are also given `jac`, a `Jacobian`, which they make themselves from `rhs` where there is none,
+        and `mass`, a singular `Mass` or None.
+        """
         raise NotImplementedError
 
 
@@ -54,7 +67,8 @@ class RungeKutta(Method):
         """The form in use: with `f(t1, u1)` as last stage when errors are controlled or dense output needs it."""
         return _form(self.base, (dense and self.base.dense is None) or self.adaptive)
 
-    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        del jac, mass
         return Explicit(be, self.tableau(dense), rhs)
 
 
@@ -109,3 +123,85 @@ class Dopri8(RungeKutta):
     """Prince and Dormand (1981), RK8(7)13M, dense output of order 5; for tight tolerances."""
 
     base = tableaus.DOPRI8
+
+
+@dataclass(frozen=True)
+class DiagonallyImplicit(Method):
+    """Base of the diagonally implicit Runge-Kutta methods, for stiff problems."""
+
+    base: ClassVar[Diagonal]
+    implicit: ClassVar[bool] = True
+
+    @property
+    def adaptive(self) -> bool:
+        return self.base.error is not None
+
+    @property
+    def algebraic(self) -> bool:
+        return self.base.inner[-1] == self.base.b and self.base.fsal
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        del dense
+        if mass is not None:
+            return Algebraic(be, self.base, rhs, jac, mass)
+        return Implicit(be, self.base, rhs, jac)
+
+
+@dataclass(frozen=True)
+class RosenbrockMethod(Method):
+    """Base of the Rosenbrock methods, for stiff problems."""
+
+    base: ClassVar[Linear]
+    implicit: ClassVar[bool] = True
+    exact_jacobian: ClassVar[bool] = True
+
+    @property
+    def adaptive(self) -> bool:
+        return self.base.error is not None
+
+    @property
+    def algebraic(self) -> bool:
+        return True
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        del dense
+        if mass is not None:
+            return AlgebraicRosenbrock(be, self.base, rhs, jac, mass)
+        return Rosenbrock(be, self.base, rhs, jac)
+
+
+class ImplicitEuler(DiagonallyImplicit):
+    """Implicit Euler, order 1; the step before gives the slope for the trapezoidal rule, which estimates the error."""
+
+    base = diagonal.IMPLICIT_EULER
+
+
+class ImplicitMidpoint(DiagonallyImplicit):
+    """Implicit midpoint rule, order 2, symplectic; fixed step."""
+
+    base = diagonal.IMPLICIT_MIDPOINT
+
+
+class Trapezoid(DiagonallyImplicit):
+    """Trapezoidal rule, order 2(1); A-stable, but fast transients are damped slowly."""
+
+    base = diagonal.TRAPEZOID
+
+
+class Kvaerno3(DiagonallyImplicit):
+    """Kvaerno (2004), order 3(2), L-stable, cubic dense output; for stiff problems and loose tolerances."""
+
+    base = diagonal.KVAERNO3
+
+
+class Kvaerno5(DiagonallyImplicit):
+    """Kvaerno (2004), order 5(4), L-stable, quartic dense output; for stiff problems."""
+
+    base = diagonal.KVAERNO5
+
+
+class Rodas5P(RosenbrockMethod):
+    """Steinebach (2023), Rosenbrock, order 5(4), L-stable, quartic dense output; no iteration: for stiff problems with
+    a cheap Jacobian. Its discrete adjoint needs products with second derivatives of `f`."""
+
+    base = RODAS5P

@@ -12,9 +12,11 @@ from .control import FixedStep, PIController
 from .errors import InputError, TimesError, ToleranceError, UnsupportedCombination
 from .events import Watched, watched
 from .integrate import Run
+from .mass import mass_of, scaled_products
 from .methods import Method, Tsit5
 from .problems import ODEProblem
 from .registry import registry
+from .sparsity import pattern_of
 from .system import Field, Inputs, Layout, Partition, Products
 
 MAX_STEPS = 100_000
@@ -44,9 +46,6 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
                          f"alg={method.__name__}()")
     if not isinstance(method, Method):
         raise InputError(f"alg={alg!r} is not a method", "methods are objects, not names", "alg=sa.Tsit5()")
-    if prob.mass_matrix is not None:
-        raise UnsupportedCombination(f"{method.name} cannot use a mass matrix", "explicit methods solve u' = f",
-                                     "multiply f by the inverse of a nonsingular M")
     _choice("probe", probe, ("raise", "warn", "off"))
 
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
@@ -64,6 +63,14 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     u0 = u_layout.ravel(be, u_leaves)
     kind = u0.dtype
     be = be.bound(u0)
+    if method.implicit and method.one_step and be.is_complex(u0):
+        raise UnsupportedCombination(f"{method.name} cannot solve for a complex state",
+                                     "its linear equations are real", "split u into real and imaginary parts")
+    mass = mass_of(prob, method, u_layout.size)
+    nonsingular = mass if mass is not None and not mass.singular else None
+    if events is not None and mass is not None and mass.singular:
+        raise UnsupportedCombination("events do not go with a singular mass matrix", "an affect leaves the constraints",
+                                     "a solve for each piece between known times, with remake(u0=...)")
     partition, theta, constants = Partition.of(be, prob.p)
     t0, t1 = (_time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
     c0, c1 = (be.concrete(v) for v in prob.tspan)
@@ -74,7 +81,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), probe, wrt)
     f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
 
-    field, theta = Field(f, u_layout, partition, len(captured)), (*theta, *captured)
+    field, theta = Field(f, u_layout, partition, len(captured), nonsingular), (*theta, *captured)
     seen: tuple[Watched, ...] = ()
     changes = False
     if events is not None and not method.one_step:
@@ -89,9 +96,13 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
     max_events = _count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1, max_events)
+    products = Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity)
+    sparsity = pattern_of(prob.jac_sparsity, u_layout.size) if method.implicit and method.one_step else None
+    if nonsingular is not None:
+        sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)
     run = Run(
         be=be, backend=be.name, field=field, method=method, controller=controller, vjp=None,
-        products=Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity), saves=saves,
+        products=products, mass=None if nonsingular is not None else mass, sparsity=sparsity, saves=saves,
         dense=bool(dense), dt=dt,
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
         max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,

@@ -25,11 +25,15 @@ class ODEProblem:
     p : pytree, optional
         Parameters handed to `f`; leaves that are not floating point pass through undifferentiated.
     mass_matrix : array, optional
-        `M` in `M u' = f`; the explicit methods refuse it.
+        Constant `M` in `M u' = f`, `(n, n)` for a raveled state, dense or SciPy sparse. A singular one makes rows of
+        `f` constraints, which must determine the algebraic variables (index 1); `u0` is made consistent, keeping
+        `M u0`. Only stiffly accurate implicit methods solve those.
     jac : callable, optional
-        `jac(t, u, p)` = df/du, shape `(n, n)` for a raveled state.
+        `jac(t, u, p)` = df/du, shape `(n, n)` for a raveled state; implicit methods use it. On NumPy it may be a
+        SciPy sparse matrix.
     jac_sparsity : array, optional
-        Pattern of df/du; information that the explicit methods do not need.
+        Pattern of df/du, dense or SciPy sparse: on NumPy, implicit methods then make the Jacobian from few products
+        and factorise it as a sparse matrix. Other backends and explicit methods do not use it.
     vjp : callable, optional
         `vjp(t, u, p, lam)` -> `(lam @ f_u, lam @ f_p)`, the second with the structure of `p`.
     jvp : callable, optional

@@ -51,7 +51,7 @@ class Checkpoints:
     def _keep(self, n: int, record: Record) -> None:
         slot = next(self.places)
         if slot >= 0:
-            k = self.stepper.start(record)
+            k = self.stepper.entry(record)
             self.states[slot] = n, record.u, None if k is None else self.be.copy(k)
 
     def held(self) -> dict[int, int]:

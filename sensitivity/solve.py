@@ -26,7 +26,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     ----------
     prob : ODEProblem
     alg : method, optional
-        `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`; Tsit5 if not given.
+        `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given.
     sensealg : sensitivity algorithm or auto
         How derivatives are made when they are asked for.
     saveat : None, array, int or "steps"
@@ -164,10 +165,17 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     what, why, fix = {
         RetCode.MaxSteps: (
             f"max_steps={min(run.max_steps, run.capacity)} reached {where}",
-            f"the problem may be too stiff for {run.method.name}",
-            "max_steps= larger, looser tolerances, or rescale the problem"),
+            "the tolerances ask for very short steps" if run.method.implicit
+            else f"the problem may be too stiff for {run.method.name}",
+            "max_steps= larger, looser tolerances, or " + ("rescale the problem" if run.method.implicit
+                                                            else "sa.Kvaerno5() for a stiff problem")),
         RetCode.DtMin: (f"the step size became too small {where}", "the solution may blow up there, or f jump",
                         "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
+        RetCode.NewtonFailure: (
+            f"Newton's iteration for the stages of {run.method.name} failed {where}",
+            "no smaller step avoided it" if run.controller.adaptive else "a fixed step cannot be made smaller",
+            "check that f is smooth and finite there, and jac= right if it is given" if run.controller.adaptive
+            else "dt= smaller, or the default controller where the method has one"),
         RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
                             "check f there (negative values under log or sqrt, division by zero)"),
         RetCode.SimultaneousEvents: (f"two events happen at one time {where}",
@@ -176,7 +184,7 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
         RetCode.MaxEvents: (f"max_events={run.max_events} reached {where}", "events may accumulate at a point (Zeno)",
                             "a terminal event before it, or max_events= larger"),
     }[code]
-    if code == RetCode.NonFinite and (name := _not_finite(run.be, sol.prob)):
+    if code in (RetCode.NonFinite, RetCode.NewtonFailure) and (name := _not_finite(run.be, sol.prob)):
         what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (
             f"look for the first NaN or infinity in {name}")
     return SolveError(what, why, fix, code, t, sol)

@@ -33,6 +33,8 @@ class Stepper:
     stages : rows of the stage derivatives `K` in a record.
     fsal : whether the last stage is `f` at the end of the step, which the next step then starts from.
     one_step : whether steps can be made one at a time; else `march` makes them all.
+    implicit : whether stages solve equations, so that a step may fail although `f` is finite.
+    algebraic : whether the state has to satisfy constraints.
     """
 
     be: Any
@@ -41,21 +43,45 @@ class Stepper:
     stages: int
     fsal: bool = False
     one_step: bool = True
+    implicit: bool = False
+    algebraic: bool = False
 
     def march(self, run: Any, s: Any, u0: Array, rtol: Any, atol: Any, sink: Any, h: Scalar | None,
               limit: int) -> tuple[Any, Any]:
         """A whole span at once, for methods that choose their own steps (`one_step` is False); see `integrate`."""
         raise NotImplementedError
 
-    def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
-        """Jacobians, factorisations and linear solves."""
-        del attempts, iterations, adaptive
-        return 0, 0, 0
-
     def dilution(self, parts: Any) -> float:
         """What tolerances are to be multiplied with where the method's own norm mixes parts of these sizes."""
         del parts
         return 1.0
+
+    @property
+    def error_order(self) -> int:
+        """p if the error estimate is O(h^p)."""
+        return self.order
+
+    def within(self, rtol: Any, atol: Any, norm: Any) -> Stepper:
+        """The stepper that solves its equations to an error of the tolerances; without, to round-off."""
+        del rtol, atol, norm
+        return self
+
+    def start(self, t: Any, u: Array) -> tuple[Array, Any]:
+        """The consistent state next to a given one, and how many iterations it took to find."""
+        del t
+        return u, 0
+
+    def start_vjp(self, pull: Any, t: Any, u: Array, lam: Array) -> tuple[Array, tuple[Array, ...], Any]:
+        """Pull the cotangent of the consistent start `u` back to the given state, the parameters and `t`."""
+        raise NotImplementedError
+
+    def start_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
+        """Tangents of the consistent start `u`."""
+        raise NotImplementedError
+
+    def derivative(self, t: Any, u: Array) -> Array:
+        """`u'` at a state."""
+        return self.rhs(t, u)
 
     def first(self, t: Any, u: Array) -> Array | None:
         """What the first step of a segment needs to know beforehand: `f(t, u)`, or None."""
@@ -65,11 +91,23 @@ class Stepper:
         """One step from `u` with the carried slope `k`: the new state and the stage derivatives `K` `(s, n)`."""
         raise NotImplementedError
 
+    def attempt(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array, Any]:
+        """`step`, and how many iterations it took to solve its equations."""
+        return (*self.step(t, h, u, k), 0)
+
+    def first_vjp(self, pull: Any, t: Any, u: Array, kappa: Array) -> tuple[Array, tuple[Array, ...], Any]:
+        """Pull the cotangent of `first` back to `u`, the parameters and `t`."""
+        return pull(t, u, kappa)
+
+    def first_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
+        """Tangents of `first`."""
+        return push(t, u, du, dt)[1]
+
     def carry(self, K: Array) -> Array | None:
         """The slope that the next step starts from."""
         return K[-1, :] if self.fsal else None
 
-    def start(self, record: Record) -> Array | None:
+    def entry(self, record: Record) -> Array | None:
         """The slope that a recorded step started from."""
         return record.k[0, :] if self.fsal else None
 
@@ -115,5 +153,16 @@ class Stepper:
         raise NotImplementedError
 
     def evaluations(self, attempts: Any, known: bool) -> Any:
-        """How often `f` was evaluated in `attempts` steps; `known` tells that no first step size had to be found."""
+        """How often `f` was evaluated in `attempts` steps, but for iterations; `known` tells that no first step size
+        had to be found."""
         raise NotImplementedError
+
+    def products(self, steps: Any, silent: int) -> Any:
+        """Products with the transposed derivatives of `f` in the reverse sweep over `steps` steps; `silent` tells
+        that no output needs the last stage of the newest."""
+        return (self.stages - self.fsal) * steps + (self.fsal and 1 - silent)
+
+    def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
+        """Jacobians, factorisations and linear solves."""
+        del attempts, iterations, adaptive
+        return 0, 0, 0

@@ -108,15 +108,22 @@ class Field:
     """`f` on flat vectors: `field.bind(be, theta, constants)` gives `rhs(t, u) -> du`.
 
     `f` closes over `captured` arrays, which follow the parameters in `theta`.
+    `mass` is a nonsingular mass matrix that the right-hand side is divided by.
     """
 
     f: Callable[..., Any]
     u: Layout
     p: Partition
     captured: int = 0
+    mass: Any = None
 
     def bind(self, be: Backend, theta: tuple[Array, ...],
              constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
+        rhs = self._bind(be, theta, constants)
+        return rhs if self.mass is None else self.mass.divide(be, rhs)
+
+    def _bind(self, be: Backend, theta: tuple[Array, ...],
+              constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         k = self.p.count
         p, captured, f = self.p.join(be, theta[:k], constants), theta[k:k + self.captured], self.f
         if len(self.u.shapes) == 1:

@@ -1,8 +1,8 @@
-"""Explicit Runge-Kutta tableaus with embedded error and dense-output weights.
+"""Runge-Kutta tableaus with embedded error and dense-output weights.
 
 One form serves all: `U_i = u + h sum_{j<i} a_ij k_j`, `k_i = f(t + c_i h, U_i)`, `u1 = u + h sum b_i k_i`,
 and inside the step `u(t + theta h) = u + h sum_i b_i(theta) k_i` with
-`b_i(theta) = sum_k dense[i][k] theta^(k+1)`.
+`b_i(theta) = sum_k dense[i][k] theta^(k+1)`. Diagonally implicit methods add `h gamma k_i` to `U_i`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Tableau:
     @property
     def stages(self) -> int:
         return len(self.b)
+
+    @property
+    def inner(self) -> tuple[tuple[float, ...], ...]:
+        """The whole matrix, with its diagonal."""
+        return self.a
 
     @property
     def fsal(self) -> bool:

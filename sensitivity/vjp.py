@@ -10,6 +10,7 @@ from typing import Any
 from .backend import Array
 from .errors import UnsupportedCombination
 from .integrate import Run
+from .jacobian import sizes
 from .system import Inputs
 
 Pull = Callable[[Any, Array, Array], tuple[Array, tuple[Array, ...], Any]]
@@ -47,6 +48,12 @@ class VJP:
         """`push(t, u, du, dt) -> (f, f_u du + f_p d_theta + f_t dt)`, one row per direction."""
         raise NotImplementedError
 
+    def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
+        """`jac(t, u) -> f_u`, shape `(n, n)`: one product for each row."""
+        pull, n = self.pullback(run, x, params=False), run.field.u.size
+        units = run.be.unit_rows(n, n, 0, x.u0)
+        return lambda t, u: run.be.xp.stack([pull(t, u, units[i, :])[0] for i in range(n)])
+
 
 @dataclass(frozen=True)
 class ReverseVJP(VJP):
@@ -69,6 +76,9 @@ class ReverseVJP(VJP):
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         return run.be.jvp(_through(run, x), x.theta, d_theta)
+
+    def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
+        return run.be.jacobian(_through(run, x)(x.theta))
 
 
 class _Columns(VJP):
@@ -101,6 +111,14 @@ class _Columns(VJP):
 
         return pull
 
+    def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
+        """All columns at once."""
+        be, n = run.be, run.field.u.size
+        units = be.unit_rows(n, n, 0, x.u0)
+        still = tuple(be.xp.zeros((n, *v.shape), dtype=v.dtype, device=be.device(v)) for v in x.theta)
+        push = self.pushforward(run, x, still)
+        return lambda t, u: push(t, u, units, None)[1].T
+
 
 class ForwardVJP(_Columns):
     """Columns of the Jacobians by the framework's forward mode; for few inputs, or where reverse mode fails."""
@@ -111,6 +129,9 @@ class ForwardVJP(_Columns):
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         return run.be.jvp(_through(run, x), x.theta, d_theta)
+
+    def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
+        return run.be.jacobian(_through(run, x)(x.theta))
 
 
 class FiniteDifferenceVJP(VJP):
@@ -175,6 +196,19 @@ class FiniteDifferenceVJP(VJP):
             return rhs(t, u), xp.stack(rows)
 
         return push
+
+    def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
+        """Column by column, with the steps of `pullback`."""
+        be = run.be
+        n, step, rhs = run.field.u.size, be.eps(x.u0.dtype) ** (1 / 3), _bound(run, x)(x.theta)
+        units = be.unit_rows(n, n, 0, x.u0)
+
+        def jac(t: Any, u: Array) -> Array:
+            e = step * sizes(be, u, 1e-3)
+            columns = [(rhs(t, u + e * units[j, :]) - rhs(t, u - e * units[j, :])) / (2.0 * e[j]) for j in range(n)]
+            return be.xp.stack(columns, axis=1)
+
+        return jac
 
 
 class ComplexStepVJP(_Columns):
@@ -277,12 +311,3 @@ def _rows(be: Any, pull: Pull, t: Any, u: Array, du: Array, d_theta: tuple[Array
             column = column + be.xp.reshape(d, (d.shape[0], -1)) @ be.xp.reshape(bar, (-1,))
         columns.append(column)
     return be.xp.stack(columns, axis=1)
-
-
-def sizes(be: Any, x: Array, floor: float) -> Array:
-    """The size of every entry, at least `floor` times the largest; 1 where that is zero."""
-    xp = be.xp
-    size = xp.abs(x)
-    if floor:
-        size = xp.maximum(size, floor * xp.max(size))
-    return xp.where(size > 0.0, size, xp.ones_like(size))

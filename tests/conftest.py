@@ -89,8 +89,10 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "BacksolveAdjoint", "GaussAdjoint", "QuadratureAdjoint",
                "test_residuals", "test_every_product", "test_times_are_differentiated", "test_dose_at",
                "test_state_at_a_terminal", "gauss", "quadrature", "backsolve", "tangents",
-               "test_gradient_is_that_of_keeping_everything")
-QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed")
+               "test_gradient_is_that_of_keeping_everything", "test_discrete_adjoint_is_exact",
+               "test_stiff_problems", "jax-dae_", "test_constraints_hold", "test_outputs_between",
+               "test_attached_to_the")
+QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]")
 
 
 def pytest_collection_modifyitems(items):

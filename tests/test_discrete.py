@@ -284,7 +284,9 @@ def test_central_differences(lab):
 
 # -- reference values ---------------------------------------------------------------------------------------------
 
-SOLVERS = {"euler": sa.Euler(), "heun": sa.Heun(), "rk4": sa.RK4(), "tsit5": sa.Tsit5(), "dopri5": sa.Dopri5()}
+SOLVERS = {"euler": sa.Euler(), "heun": sa.Heun(), "rk4": sa.RK4(), "tsit5": sa.Tsit5(), "dopri5": sa.Dopri5(),
+           "implicit_euler": sa.ImplicitEuler(), "implicit_midpoint": sa.ImplicitMidpoint(),
+           "trapezoid": sa.Trapezoid()}
 
 
 @pytest.mark.parametrize("name", [n for n in GOLD if n.startswith("disc_")])
@@ -300,8 +302,10 @@ def test_reference_values(lab, name):
                     controller=sa.FixedStep(), dt=float(P["code"]["dt"]), sensealg=sa.RecursiveCheckpointAdjoint())
     assert float(r.value) == pytest.approx(float(P["value"]), rel=1e-12)
     got = {k: float(v) for k, v in r.p.items()} | dict(zip(initial, map(float, r.u0), strict=True))
+    largest = max(abs(float(v)) for v in P["gradient"].values())
     for k, v in P["gradient"].items():
-        assert got[k] == pytest.approx(float(v), rel=1e-12), k
+        # Rounding is relative to the largest entry: one in a hundred of it has two digits less.
+        assert got[k] == pytest.approx(float(v), rel=1e-12, abs=1e-14 * largest), k
 
 
 # -- how much work ------------------------------------------------------------------------------------------------

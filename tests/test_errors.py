@@ -29,6 +29,7 @@ BUILT_IN = {
     sa.TimesError: ValueError,
     sa.ToleranceError: ValueError,
     sa.UnsupportedCombination: NotImplementedError,
+    sa.IndexTooHigh: NotImplementedError,
     sa.CapturedValueError: ValueError,
     sa.SolveError: RuntimeError,
     sa.BackendMissingError: ImportError,
@@ -51,7 +52,7 @@ def test_codes_are_unique_and_stable():
         "SensitivityError": "SN100", "SignatureError": "SN101", "OutputError": "SN102", "ImpureFunctionError": "SN103",
         "BrokenGradientError": "SN104", "TracingError": "SN105", "MixedFrameworksError": "SN106", "InputError": "SN107",
         "TimesError": "SN108", "ToleranceError": "SN109", "UnsupportedCombination": "SN110",
-        "CapturedValueError": "SN111", "SolveError": "SN201", "BackendMissingError": "SN401",
+        "CapturedValueError": "SN111", "IndexTooHigh": "SN112", "SolveError": "SN201", "BackendMissingError": "SN401",
     }
 
 

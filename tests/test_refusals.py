@@ -35,9 +35,9 @@ def test_refused_with_an_alternative(options, instead):
     assert instead in str(e.value)
 
 
-def test_mass_matrix_is_refused_by_explicit_methods():
-    with pytest.raises(sa.UnsupportedCombination, match="mass matrix"):
-        sa.solve(PROB.remake(mass_matrix=np.eye(2)), sa.Tsit5())
+def test_a_singular_mass_matrix_is_refused_by_explicit_methods():
+    with pytest.raises(sa.UnsupportedCombination, match=r"singular mass matrix(.|\n)*Kvaerno5"):
+        sa.solve(PROB.remake(mass_matrix=np.diag([1.0, 0.0])), sa.Tsit5())
 
 
 @pytest.mark.parametrize("name", ["u0", "p", "t0", "t1", "saveat"])

@@ -247,6 +247,23 @@ class JaxBackend(JaxLoops, Backend):
         (value, grads), (_, rows) = jax.jvp(gradient, (tuple(args),), (tuple(d),))
         return value, grads, rows
 
+    def jacobian(self, rhs):
+        return lambda t, u: jax.jacfwd(lambda u: rhs(t, u))(u)
+
+    def directional(self, g, size):
+        return jax.jvp(lambda e: jax.tree.map(jnp.asarray, tuple(g(e))), (0.0,), (1.0,))[1]
+
+    def shifted(self, J, c, M=None):
+        return super().shifted(J, jnp.asarray(c, J.dtype), M)
+
+    def factorize(self, A):
+        factors = jax.scipy.linalg.lu_factor(A)
+
+        def solve(b, transposed=False):
+            return jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
+
+        return solve
+
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
         return value, grads

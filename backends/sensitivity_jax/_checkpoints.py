@@ -50,7 +50,9 @@ class Whole(NamedTuple):
     store: Store
     sampler: Any
 
-    capacity = property(lambda self: self.store.capacity)
+    @property
+    def capacity(self):
+        return self.store.capacity
 
     def start(self, record):
         return self.store.start(record)
@@ -79,7 +81,7 @@ class Checkpoints(NamedTuple):
     def start(self, record):
         n = record.u.shape[0]
         slots = min(self.plan.slots, self.capacity) + 2
-        k = jax.eval_shape(self.stepper.start, record)
+        k = jax.eval_shape(self.stepper.entry, record)
         zeros = lambda x, *shape: jnp.zeros((*shape, *x.shape), x.dtype)  # noqa: E731
         rows = None
         if isinstance(self.ts, str):
@@ -96,7 +98,7 @@ class Checkpoints(NamedTuple):
         bin_ = log.step.shape[0] - 1
         slot = jnp.asarray(np.minimum(_table(self.plan, self.capacity), bin_))[i]
         slot = jnp.where(mine & (slot >= 0), slot, bin_)
-        k = jax.tree.map(lambda b, x: put(b, x, slot), log.k, self.stepper.start(record))
+        k = jax.tree.map(lambda b, x: put(b, x, slot), log.k, self.stepper.entry(record))
         log = log._replace(t=put(log.t, record.t, i), h=put(log.h, record.h, i), count=i + mine.astype(jnp.int32),
                            newest=select(mine, like(record, log.newest), log.newest), k=k,
                            step=put(log.step, jnp.where(slot == bin_, -1, i), slot), u=put(log.u, record.u, slot))
@@ -202,7 +204,7 @@ class Recall:
             target = jnp.where(turn | store, memory.target(turn | store, here, due), target)
             return due, here, u, k, target, memory, taken, state, output
 
-        k = stepper.start(kept.newest)
+        k = stepper.entry(kept.newest)
         memory = _Memory(kept.step, kept.u, kept.k)
         carry = (last, last, kept.newest.u, k, jnp.int32(-1), memory, jnp.int32(0), state, output)
         *_, self.taken, state, output = lax.while_loop(lambda c: c[0] >= 0, round_, carry)
@@ -218,7 +220,7 @@ class Recall:
         zeros = lambda x, slots: jnp.zeros((slots, *x.shape), x.dtype)  # noqa: E731
         buffers = zeros(kept.newest.u, capacity), zeros(kept.newest.k, room)
         first = jnp.argmin(jnp.where(kept.step >= 0, kept.step, capacity))
-        k = select(kept.count > 1, jax.tree.map(lambda b: b[first], kept.k), stepper.start(kept.newest))
+        k = select(kept.count > 1, jax.tree.map(lambda b: b[first], kept.k), stepper.entry(kept.newest))
 
         def ahead(carry):
             i, u, k, states, stages = carry

@@ -40,7 +40,7 @@ class Matrices(Loops):
         return out if base is None else base + out
 
     def inputs(self, a, base, scale, rows):
-        if len(a) == 1:
+        if len(a) == 1 and not any(a[0]):
             return base[None, :]
         square = np.zeros((len(a), len(a)))
         for i, r in enumerate(a):
@@ -53,6 +53,9 @@ class Matrices(Loops):
         if rows is not None:
             out = out + rows
         return out if last is None else jnp.concat([out[:-1], out[-1:] + last])
+
+    def put(self, rows, i, row):
+        return lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), i, 0)
 
     def permuted(self, xs, order):
         return jnp.asarray(xs)[np.array(order)]

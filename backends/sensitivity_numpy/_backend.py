@@ -1,6 +1,7 @@
 """NumPy: one BLAS product per stage in a preallocated buffer, Python floats for times and step sizes."""
 
 import math
+import weakref
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,18 +9,22 @@ from array_api_compat import numpy as xp
 
 from sensitivity.backend import Backend
 
+KEPT_BYTES = 2**29
+
 
 class NumpyBackend(Backend):
     name = "numpy"
     holds_numpy = True
     namespace, array_call = "np", "np.array"
     opaque = True
+    sparse = True
     how_to_get_ad = " (pip install autograd, and write f with autograd.numpy)"
     xp = xp
 
     def __init__(self):
         self.modes = frozenset({"reverse", "forward"}) if find_spec("autograd") else frozenset()
         self._matrices = {}
+        self._kept, self._kept_bytes = {}, 0
 
     def is_array(self, x):
         return isinstance(x, np.ndarray | np.generic)
@@ -184,6 +189,52 @@ class NumpyBackend(Backend):
         from . import _autograd
 
         return _autograd.loss_second(loss, args, d)
+
+    def is_sparse(self, A):
+        from . import _sparse
+
+        return _sparse.issparse(A)
+
+    def assembled(self, rows, columns, values, n):
+        from . import _sparse
+
+        return _sparse.assembled(rows, columns, values, n)
+
+    def shifted(self, J, c, M=None):
+        if isinstance(J, np.ndarray):
+            return super().shifted(J, c, M)
+        from . import _sparse
+
+        return _sparse.shifted(J, c, M)
+
+    def keep(self, x, value):
+        size = getattr(value, "nbytes", 0)
+        if size and self._kept_bytes + size <= KEPT_BYTES:
+            weakref.finalize(x, self._forget, id(x)).atexit = False
+            self._kept[id(x)] = value
+            self._kept_bytes += size
+
+    def kept(self, x):
+        return self._kept.get(id(x))
+
+    def _forget(self, key):
+        self._kept_bytes -= self._kept.pop(key).nbytes
+
+    def factorize(self, A):
+        if not isinstance(A, np.ndarray):
+            from . import _sparse
+
+            return _sparse.factorize(A)
+        from scipy.linalg import lapack
+
+        lu, pivots, _ = lapack.dgetrf(A) if A.dtype == float else lapack.sgetrf(A)
+        getrs = lapack.dgetrs if A.dtype == float else lapack.sgetrs
+
+        def solve(b, transposed=False):
+            return getrs(lu, pivots, b.T, trans=int(transposed))[0].T
+
+        solve.nbytes = lu.nbytes
+        return solve
 
     def loss_vjp(self, loss, args):
         if "reverse" not in self.modes:

@@ -101,17 +101,17 @@ def reverse(algorithm, run, residuals, ct, wanted):
 
 def _aux_of_lanes(be, run, x, summary):
     t, ratio, h = summary[:3].unbind()
-    accepted, rejected, nfe, status = summary[3:].to(torch.int64).unbind()
+    accepted, rejected, nfe, status, *algebra = summary[3:].to(torch.int64).unbind()
     ts = x.saveat
     if run.saves is None:
         ts = [t]
     elif isinstance(run.saves, int):
         ts = be.spread(x.t0, x.t1, fractions(run.saves))
-    return Aux(ts, t, accepted, rejected, nfe, status, ratio, h, None)
+    return Aux(ts, t, accepted, rejected, nfe, status, ratio, h, None, tuple(algebra))
 
 
 def _summary(aux, like):
-    numbers = [aux.t, aux.ratio, aux.h, aux.accepted, aux.rejected, aux.nfe, aux.status]
+    numbers = [aux.t, aux.ratio, aux.h, aux.accepted, aux.rejected, aux.nfe, aux.status, *aux.algebra]
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)
 
 

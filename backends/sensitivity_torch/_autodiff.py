@@ -198,6 +198,23 @@ def vjp(f, theta, time, params):
     return pull
 
 
+def jacobian(rhs):
+    """`jac(t, u)`, row by row; see `Backend.jacobian`."""
+
+    def jac(t, u):
+        n = u.shape[0]
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            out = rhs(t, u)
+        if not out.requires_grad:
+            return u.new_zeros(n, n)
+        units = torch.eye(n, dtype=out.dtype, device=out.device)
+        rows = [torch.autograd.grad(out, u, e, retain_graph=True, allow_unused=True)[0] for e in units]
+        return torch.stack([torch.zeros_like(u, requires_grad=False) if r is None else r for r in rows])
+
+    return jac
+
+
 def jvp(f, theta, d_theta):
     """`push(t, u, du, dt)`: the product with the transposed derivative is linear, and its transpose is wanted."""
     leaves = parameters(theta, True)

@@ -233,6 +233,18 @@ class TorchBackend(Backend):
     def loss_second(self, loss, args, d):
         return _autodiff.loss_second(loss, args, d)
 
+    def jacobian(self, rhs):
+        return _autodiff.jacobian(rhs)
+
+    def factorize(self, A):
+        lu, pivots, _ = torch.linalg.lu_factor_ex(A)
+
+        def solve(b, transposed=False):
+            rows = b if b.ndim == 2 else b[None]
+            return torch.linalg.lu_solve(lu, pivots, rows.mT, adjoint=transposed).mT.reshape(b.shape)
+
+        return solve
+
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)
 

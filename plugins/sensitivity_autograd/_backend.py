@@ -102,6 +102,11 @@ class AutogradBackend(BoxBackend):
     def vjp(self, f, theta, time, params):
         return registry().backend("numpy").vjp(f, tuple(value(v) for v in theta), time, params)
 
+    def known(self, run, x):
+        plain = x._replace(u0=value(x.u0), theta=tuple(value(v) for v in x.theta), t0=value(x.t0), t1=value(x.t1),
+                           constants=tuple(value(v) for v in x.constants))
+        return replace(run, be=registry().backend("numpy")), plain
+
     def attach(self, algorithm, run, x):
         if not algorithm.boundary:
             return algorithm.plain(run, x)

@@ -16,7 +16,7 @@ from ..backend import Array, Scalar
 from ..errors import UnsupportedCombination
 from ..events import EventFunctions
 from ..integrate import Run, Span, State, evaluations, integrate, span
-from ..jacobian import given
+from ..jacobian import of_field
 from ..stepper import Stepper
 from ..system import Inputs
 from ..watch import Watch
@@ -101,6 +101,7 @@ class SensitivityAlgorithm:
     events: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
+    algebraic: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
     references: ClassVar[tuple[str, ...]] = ()
 
@@ -172,7 +173,7 @@ def outputs(run: Run, x: Inputs) -> tuple[Outputs, Aux]:
 
 def bound(run: Run, x: Inputs) -> Stepper:
     """The method, bound to the user's vector field and to what is known of its Jacobian."""
-    return run.stepper(run.field.bind(run.be, x.theta, x.constants), given(run, x) if run.method.implicit else None)
+    return run.stepper(run.field.bind(run.be, x.theta, x.constants), of_field(run, x) if run.method.implicit else None)
 
 
 class Solved(NamedTuple):
@@ -190,16 +191,17 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     s = span(be, x.t0, x.t1)._replace(shift=shift)
     timed = run.saves not in (None, "steps")
     ts = save_times(run, x, s) if timed else None
+    u0, spent = stepper.start(be.time(s.t0), x.u0)
     sink = None
     if keep or run.dense or run.saves == "steps":
         sink = be.store(run.capacity)
     elif timed:
-        sink = be.sampler(stepper.interpolate, ts, x.u0, s.direction, run.capacity, stepper.restage)
+        sink = be.sampler(stepper.interpolate, ts, u0, s.direction, run.capacity, stepper.restage)
     watch = None
     if run.events:
         watch = Watch(be, stepper, EventFunctions(run, x), s.direction, s.t1, run.max_events,
                       run.controller.adaptive)
-    end, kept = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, watch=watch,
+    end, kept = integrate(run, stepper, s, u0, x.rtol, x.atol, sink=sink, watch=watch,
                           limit=None if sink is None or run.events else run.capacity)
     log = kept
     if keep or run.dense or run.saves == "steps":
@@ -207,7 +209,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     if timed:
         u = kept
         if keep or run.dense:
-            u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, x.u0, s.direction)
+            u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, u0, s.direction)
         u = be.reached(u, ts, end.t, s.direction)
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t)
@@ -219,13 +221,14 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         mesh = (times, sizes)
     elif run.dense:
         mesh = kept
-    nfe, events, event_t, event_u = evaluations(run, stepper, end), None, None, None
+    nfe, events, event_t, event_u = evaluations(run, stepper, end) + spent, None, None, None
     if run.events:
         times, event_u, index = be.entries(end.watch.entries, end.u)
         event_t, nfe = be.time_vector(times, x.u0), nfe + stepper.fsal * end.watch.count
         events = (index, end.watch.count, end.watch.ended)
+    algebra = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
     aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
-              stepper.algebra(end.accepted + end.rejected, 0, run.controller.adaptive))
+              tuple(made + spent for made in algebra))
     return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(x, log if keep or run.dense else None, end)
 
 

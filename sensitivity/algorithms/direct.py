@@ -24,6 +24,9 @@ class DirectAdjoint(base.SensitivityAlgorithm):
         if not {"reverse", "forward"} & run.be.modes:
             raise base.unsupported(self.name, f"the {run.backend} backend, which has no AD of its own",
                                    "RecursiveCheckpointAdjoint()")
+        if run.method.implicit:
+            raise base.unsupported(self.name, f"{run.method.name}: a tape of Newton's iterations is neither exact nor "
+                                   "cheap", "RecursiveCheckpointAdjoint()")
 
     def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
         """Solve on arrays that the framework differentiates."""

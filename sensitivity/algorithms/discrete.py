@@ -71,6 +71,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     events: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
+    algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016", "griewank2000", "wang2009")
 
     def __post_init__(self) -> None:
@@ -134,22 +135,27 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         def back(state: Adjoint, record: Record, out: Any, last: Any) -> Adjoint:
             return stepper.vjp(pull, record, out, last, time, state)
 
+        silent = be.silent_end(extra)
         if run.events:
             solved = residuals._replace(log=log)
             end_state, t1_bar, nvjp, status = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
+            nvjp = nvjp + (stepper.fsal and 1 - silent)
         else:
             end_state = be.replay(back, state, log, extra)
-            t1_bar, nvjp, status = end_state.h, end.accepted * (stepper.stages - stepper.fsal), end.status
+            t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
         nfe = 0
         if self.budgeted:
             taken, bars = be.recalled(log, extra)
             ts_bar = bars if ts_bar is None else ts_bar
             nfe = taken * (stepper.stages - stepper.fsal)
+        u0, _ = stepper.start(be.time(s.t0), x.u0)
         if kappa is not None:
-            u_bar, theta_bar, t_bar = pull(be.time(s.t0), x.u0, kappa)
+            u_bar, theta_bar, t_bar = stepper.first_vjp(pull, be.time(s.t0), u0, kappa)
             lam, theta, t0_bar = lam + u_bar, be.add(theta, theta_bar), t0_bar + t_bar
-            nvjp = nvjp + 1 - be.silent_end(extra)
+        if stepper.algebraic:
+            lam, theta_bar, t_bar = stepper.start_vjp(pull, be.time(s.t0), u0, lam)
+            theta, t0_bar = be.add(theta, theta_bar), t0_bar + t_bar
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status)
 

@@ -40,7 +40,10 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     dt0, dt1 = (zero if d.t0 is None else d.t0), (zero if d.t1 is None else d.t1)
     push = run.vjp.pushforward(run, x, d.theta)
     s = span(be, x.t0, x.t1)
-    slope0 = push(be.time(s.t0), x.u0, d.u0, dt0 if moving else None)[1] if stepper.fsal else None
+    u0, _ = stepper.start(be.time(s.t0), x.u0)
+    if stepper.algebraic:
+        d = d._replace(u0=stepper.start_jvp(push, be.time(s.t0), u0, d.u0, dt0 if moving else None))
+    slope0 = stepper.first_jvp(push, be.time(s.t0), u0, d.u0, dt0 if moving else None) if stepper.fsal else None
     jump = Jumps(run, x, stepper, push, d.theta) if run.events else None
 
     def ahead(state: Ahead, record: Record, last: Any) -> tuple[Ahead, Record]:

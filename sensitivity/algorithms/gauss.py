@@ -140,7 +140,7 @@ class Transposed:
     def products(self, stepper: Stepper, last: State) -> Any:
         """How many products its Jacobians took."""
         adaptive = self.way.adjoint.controller.adaptive
-        many = stepper.algebra(last.accepted + last.rejected, 0, adaptive)[0] if self.by_rows else 0
+        many = stepper.algebra(last.accepted + last.rejected, last.iterations, adaptive)[0] if self.by_rows else 0
         return many * last.u.shape[0]
 
 

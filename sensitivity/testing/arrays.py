@@ -97,6 +97,27 @@ def check_vectors(h: Harness) -> None:
     require(all(math.isnan(v) for v in h.numbers(be.nan_where(t < 2.0, a))), "nan_where leaves bad values")
 
 
+def check_linear_equations(h: Harness) -> None:
+    """`factorize` solves `A x = b` and `A^T x = b`, for one right-hand side and for one in each row."""
+    be = h.be
+    A = [[0.0, 2.0, 1.0], [1.0, -1.0, 0.5], [4.0, 0.25, -3.0]]
+    x, y = [1.0, -2.0, 0.5], [0.25, 3.0, -1.0]
+    solve = be.factorize(h.array(A))
+    for transposed, M in ((False, A), (True, [list(column) for column in zip(*A, strict=True)])):
+        right = [[sum(a * b for a, b in zip(row, v, strict=True)) for row in M] for v in (x, y)]
+        h.close(solve(h.array(right[0]), transposed), x, 1e-14, f"one equation, transposed={transposed}")
+        h.close(solve(h.array(right), transposed), [*x, *y], 1e-14, f"two equations, transposed={transposed}")
+    J, c = h.array(A), be.scalar(h.array(0.5))
+    h.close(be.shifted(J, c), [(i == j) - 0.5 * A[i][j] for i in range(3) for j in range(3)], 1e-15, "shifted")
+    M = h.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    want = [-0.5 * A[i][j] + (i == j == 0) + 2.0 * ((i, j) == (2, 1)) for i in range(3) for j in range(3)]
+    h.close(be.shifted(J, c, M), want, 1e-15, "shifted, with a matrix")
+    h.close(be.put(h.array([[1.0, 2.0], [3.0, 5.0]]), 1, h.array([7.0, 11.0])), [1.0, 2.0, 7.0, 11.0], 0.0, "put")
+    got = be.directional(lambda e: (h.array(x) * (2.0 + e), (1.0 + e) ** 2 * h.array(y)), be.scalar(h.array(1.0)))
+    h.close(got[0], x, 1e-9, "directional, linear")
+    h.close(got[1], [2.0 * v for v in y], 1e-9, "directional, quadratic")
+
+
 def check_trees(h: Harness) -> None:
     """Pytrees come apart and together again, with every leaf in its place."""
     be = h.be

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from problems import Problem, jax_gradient, torch_gradient
 
 import sensitivity as sa
@@ -25,8 +24,10 @@ def method(problem: Problem):
     """The solver and its keywords."""
     if problem.dt is not None:
         return sa.Euler(), {"dt": problem.dt, "controller": sa.FixedStep()}
-    options = {"rtol": problem.tol, "atol": problem.tol, "saveat": problem.saveat, "dtmax": problem.dtmax}
-    return sa.Tsit5(), {name: value for name, value in options.items() if value is not None}
+    options = {"rtol": problem.tol, "atol": problem.small * problem.tol, "saveat": problem.saveat,
+               "dtmax": problem.dtmax}  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    return sa.Kvaerno5() if problem.stiff else sa.Tsit5(), given
 
 
 def solution(name: str, problem: Problem) -> Callable:
@@ -44,8 +45,8 @@ def numpy_call(name: str, problem: Problem):
     """A forward solve for the name of a method, a gradient for the name of a sensitivity algorithm."""
     alg, options = method(problem)
     name, _, hand_written = name.partition("+")
-    vjp = problem.vjp if hand_written else None
-    prob = sa.ODEProblem(problem.f, problem.u0, problem.tspan, problem.p, vjp=vjp)
+    vjp, jac = (problem.vjp, problem.jac) if hand_written else (None, None)
+    prob = sa.ODEProblem(problem.f, problem.u0, problem.tspan, problem.p, vjp=vjp, jac=jac)
     if name == type(alg).__name__:
         return lambda: sa.solve(prob, alg, **options).u[-1]
 
@@ -53,6 +54,6 @@ def numpy_call(name: str, problem: Problem):
         return problem.loss(solution.u)
 
     def dloss(solution):
-        return np.ones_like(solution.u)
+        return problem.dloss(solution.u)
 
     return lambda: sa.gradient(prob, alg, loss, dloss=dloss, wrt="p", sensealg=algorithm(name), **options).p

@@ -19,8 +19,9 @@ def diffrax(adjoint: str, problem: Problem):
     import diffrax
 
     fixed = problem.dt is not None
-    solver = diffrax.Euler() if fixed else diffrax.Tsit5()
-    controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(rtol=problem.tol, atol=problem.tol)
+    solver = diffrax.Euler() if fixed else diffrax.Kvaerno5() if problem.stiff else diffrax.Tsit5()
+    tolerances = {"rtol": problem.tol, "atol": problem.small * problem.tol}
+    controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(**tolerances)
     saveat = diffrax.SaveAt(t1=True) if problem.saveat is None else diffrax.SaveAt(ts=problem.saveat)
 
     def solve(p, u0):
@@ -83,7 +84,8 @@ def scipy(variant: str, problem: Problem):
 
     u0, p = problem.u0, problem.p
     t0, t1 = problem.tspan
-    options = {"rtol": problem.tol, "atol": problem.tol, "max_step": problem.dtmax or np.inf}
+    options = {"rtol": problem.tol, "atol": problem.small * problem.tol, "max_step": problem.dtmax or np.inf}
+    options |= {"method": "LSODA"} if problem.stiff else {}
 
     def forward(p):
         return solve_ivp(problem.f, problem.tspan, u0, args=(p,), **options).y[:, -1]

@@ -1,0 +1,148 @@
+"""Steps for differential-algebraic equations of index 1, `M u' = f` with a singular M.
+
+Let the columns of V and W be bases of the null spaces of M and M^T, and `P = W W^T`. Then
+
+* the start moves along V until `W^T f(t0, u) = 0` (consistent initial values, `M u0` is kept): Newton's iteration;
+* the slope at a consistent state follows from the constraint differentiated in time (Hairer, Wanner II, eq. VI.1.7),
+
+      (M + P f_u) k = f - P (f + f_t);
+
+* the stages are those of `implicit.py` and `rosenbrock.py`; stiffly accurate methods end on the constraint.
+
+By the implicit function theorem the cotangent `lam` of the consistent start goes to the given one, the parameters
+and the time as `lam + f_u^T W q`, `f_p^T W q`, `f_t . W q`, with `(W^T f_u V)^T q = -V^T lam`; so the derivative with
+respect to the guess of algebraic variables is zero. The slope's transpose needs the derivative of a pullback along
+`(1, k)`; it acts only where outputs between steps are asked of algebraic variables inside the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .backend import Array, Scalar
+from .diagonal import Diagonal
+from .implicit import CONVERGED, FAILED, MOST_EXACT, RUNNING, Implicit, Newton, relative, rounded
+from .jacobian import Jacobian
+from .mass import Mass
+from .rosenbrock import Linear, Rosenbrock
+from .stepper import Stepper
+
+
+class Constraints(Stepper):
+    """What steppers with a singular mass matrix have in common: consistent starts and slopes."""
+
+    algebraic = True
+    jac: Jacobian
+    mass: Mass
+
+    def _matrix(self, values: Any, like: Array) -> Array:
+        return self.be.asarray(values, dtype=like.dtype, device=self.be.device(like))
+
+    def _factorized(self, J: Array, hg: Scalar) -> Callable:
+        return self.be.factorize(self.be.shifted(J, hg, self._matrix(self.mass.values, J)))
+
+    def _weighed(self, z: Array) -> Array:
+        return z @ self._matrix(self.mass.values, z).T
+
+    def _weighed_back(self, z: Array) -> Array:
+        return z @ self._matrix(self.mass.values, z)
+
+    # -- the start --------------------------------------------------------------------------------------------------
+
+    def start(self, t: Any, u: Array) -> tuple[Array, Any]:
+        be = self.be
+        V, W = self._matrix(self.mass.right, u), self._matrix(self.mass.left, u)
+        eps = be.eps(u.dtype)
+
+        def correct(state: Newton) -> tuple[Newton, Any, Any]:
+            U = u + V @ state.z
+            dz = -be.factorize(W.T @ self.jac.near(t, U) @ V)(W.T @ self.rhs(t, U))
+            scale = be.rms(u) + be.rms(U)
+            size = be.rms(dz) / be.choose(scale > 0.0, scale, 1.0)
+            rate = size / be.choose(state.size > 0.0, state.size, 1.0)
+            status = be.choose(be.isfinite(size), rounded(be, size, rate, eps), FAILED)
+            return Newton(state.z + dz, size, 1.0, state.count + 1, status), None, True
+
+        zero = be.unit_rows(1, V.shape[1], 1, u)[0, :]
+        end, _ = be.iterate(correct, Newton(zero, 0.0, 1.0, 0, RUNNING), lambda s: s.status == RUNNING, MOST_EXACT)
+        return be.nan_where(end.status != CONVERGED, u + V @ end.z), end.count
+
+    def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Callable]:
+        V, W = self._matrix(self.mass.right, u), self._matrix(self.mass.left, u)
+        return V, W, self.be.factorize(W.T @ self.jac.exact(t, u) @ V)
+
+    def start_vjp(self, pull: Any, t: Any, u: Array, lam: Array) -> tuple[Array, tuple[Array, ...], Any]:
+        V, W, solve = self._constraint(t, u)
+        u_bar, theta_bar, t_bar = pull(t, u, W @ solve(-(V.T @ lam), transposed=True))
+        return lam + u_bar, theta_bar, t_bar
+
+    def start_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
+        V, W, solve = self._constraint(t, u)
+        return du - solve(push(t, u, du, dt)[1] @ W) @ V.T
+
+    # -- the first slope --------------------------------------------------------------------------------------------
+
+    def _regular(self, t: Any, u: Array, jac: Callable) -> tuple[Array, Callable]:
+        """`P`, and the solver with `M + P f_u`."""
+        W = self._matrix(self.mass.left, u)
+        P = W @ W.T
+        return P, self.be.factorize(self._matrix(self.mass.values, u) + P @ jac(t, u))
+
+    def derivative(self, t: Any, u: Array) -> Array:
+        """By corrections with the derivative of `f` along `(1, k)`, so that the Jacobian need not be exact."""
+        P, solve = self._regular(t, u, self.jac.near)
+        f = self.rhs(t, u)
+        k = solve(f - P @ f)
+        for _ in range(2):
+            (along,) = self.be.directional(partial(self._moved, t, u, k), relative(self.be, k, u))
+            k = k - solve(self._weighed(k) - f + P @ (f + along))
+        return k
+
+    def _moved(self, t: Any, u: Array, k: Array, e: Scalar) -> tuple[Array]:
+        return (self.rhs(t + e, u + e * k),)
+
+
+class Algebraic(Constraints, Implicit):
+    """A stiffly accurate diagonally implicit method bound to a singular mass matrix and a right-hand side."""
+
+    def __init__(self, be: Any, tab: Diagonal, rhs: Any, jac: Jacobian | None, mass: Mass,
+                 tolerance: Any = None) -> None:
+        super().__init__(be, tab, rhs, jac, tolerance)
+        self.mass = mass
+
+    def within(self, rtol: Any, atol: Any, norm: Any) -> Stepper:
+        return Algebraic(self.be, self.tab, self.rhs, self.jac, self.mass, (rtol, atol, norm))
+
+    def first(self, t: Any, u: Array) -> Array | None:
+        return self.derivative(t, u)
+
+    def first_vjp(self, pull: Any, t: Any, u: Array, kappa: Array) -> tuple[Array, tuple[Array, ...], Any]:
+        P, solve = self._regular(t, u, self.jac.exact)
+        k = self.derivative(t, u)
+        x = solve(kappa, transposed=True)
+        y = P @ x
+        u_bar, theta_bar, t_bar = pull(t, u, x - y)
+
+        def moved(e: Scalar) -> tuple:
+            u_e, theta_e, t_e = pull(t + e, u + e * k, y)
+            return u_e, *theta_e, t_e
+
+        u_e, *theta_e, t_e = self.be.directional(moved, relative(self.be, k, u))
+        return u_bar - u_e, tuple(a - b for a, b in zip(theta_bar, theta_e, strict=True)), t_bar - t_e
+
+    def first_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
+        P, solve = self._regular(t, u, self.jac.exact)
+        k = self.derivative(t, u)
+        df = push(t, u, du, dt)[1]
+        (twice,) = self.be.directional(lambda e: (push(t + e, u + e * k, du, dt)[1],), relative(self.be, k, u))
+        return solve(df - (df + twice) @ P)
+
+
+class AlgebraicRosenbrock(Constraints, Rosenbrock):
+    """A stiffly accurate Rosenbrock method bound to a singular mass matrix and a right-hand side."""
+
+    def __init__(self, be: Any, tab: Linear, rhs: Any, jac: Jacobian | None, mass: Mass) -> None:
+        super().__init__(be, tab, rhs, jac)
+        self.mass = mass
