@@ -40,7 +40,7 @@ from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
 from .hessians import hessian, hessian_vector_product
 from .methods import BS3, RK4, Dopri5, Dopri8, Euler, Heun, Midpoint, RungeKutta, Tsit5
-from .problems import ODEProblem
+from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
@@ -61,6 +61,7 @@ __all__ = [
     "CheckedGradient",
     "ComplexStepVJP",
     "ContinuousCost",
+    "DDEProblem",
     "DirectAdjoint",
     "DiscreteCost",
     "Dopri5",

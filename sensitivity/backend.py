@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import tree as _tree
+from .lookback import Lookback
 from .loops import Array, Contribution, Loops, Record, Scalar
 
 __all__ = ["Array", "Backend", "Contribution", "Loops", "Record", "Scalar", "Tree"]
@@ -19,7 +20,7 @@ __all__ = ["Array", "Backend", "Contribution", "Loops", "Record", "Scalar", "Tre
 Tree = Any
 
 
-class Backend(Loops):
+class Backend(Lookback, Loops):
     """One array framework.
 
     Required: `name`, `modes`, `xp`, `is_array`; `custom_ad` when the framework has its own AD;
