@@ -617,6 +617,33 @@ def test_break_points_that_cross():
     assert sa.solve(delayed_twice([0.6, 0.6]), sa.RK4(), dt=0.1).success
 
 
+def test_what_else_does_not_go_with_delays():
+    prob = simple()
+    for call, says in (
+        (lambda: sa.solve(prob, sa.Tsit5(), events=[sa.Event(lambda t, u, p: u[0])]), "events"),
+        (lambda: sa.hessian(prob, sa.Tsit5(), lambda sol: sol.u.sum()), "DDEProblem"),
+        (lambda: sa.adjoint_sensitivities(prob, sa.Tsit5(), sa.ContinuousCost(lambda t, u, p: u[0])), "DDEProblem"),
+        (lambda: sa.forward_sensitivities(prob, sa.Tsit5(), sensealg=sa.RecursiveCheckpointAdjoint()),
+         "ForwardSensitivity"),
+        (lambda: sa.solve(prob, sa.Tsit5(), sensealg=sa.ForwardADSensitivity()), "RecursiveCheckpointAdjoint"),
+    ):
+        with pytest.raises(sa.UnsupportedCombination, match=says):
+            call()
+
+
+def test_forward_sensitivities_and_the_check(numpy_lab):
+    xp = numpy_lab.xp
+    prob = sa.DDEProblem(lambda t, u, h, p: -p[0] * h(t - p[1]), np.array([0.4]), lambda t, p: xp.ones(1), (0.0, 1.7),
+                         np.array([1.2, 0.9]), lags=lambda p: [p[1]])
+    _, S = sa.forward_sensitivities(prob, sa.RK4(), saveat=np.array([0.5, 1.7]), wrt="p", dt=0.1)
+    a, tau, d = 1.2, 0.9, 0.8
+    np.testing.assert_allclose(S[:, 0, :], [[-0.5, 0.0], [-tau - 0.4 * d + a * d * d, -a + 0.4 * a - a * a * d]],
+                               rtol=1e-11, atol=1e-14)
+    checked = sa.check_gradient(prob, sa.RK4(), lambda sol: (sol.u**2).sum(), dt=0.1)
+    assert "RecursiveCheckpointAdjoint" in str(checked)
+    assert "2.00" in str(checked)
+
+
 def test_dense_output_has_no_derivative():
     with pytest.raises(sa.UnsupportedCombination, match="saveat"):
         gradient(simple(), dense=True)

@@ -81,7 +81,7 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
         raise UnsupportedCombination("forward mode was asked for", REVERSE_ONLY,
-                                     "reverse mode: sa.gradient, jax.grad, .backward()")
+                                     "sensealg=ForwardSensitivity(), or reverse mode: sa.gradient, jax.grad")
 
 
 def seeded(run: Run, x: Inputs, log: Any, ct: base.Outputs) -> tuple[Array, Any, Any]:
