@@ -116,7 +116,7 @@ class View:
             return self.setting.tree(self.setting.vector(self.history(s, self.p)))
         i, gap = be.nearest(past.times, s)
         time, value, slope, old = (be.entry(x, i) for x in (past.times, past.values, past.slopes, past.old))
-        out = be.branch(
+        out = be.either(
             old, lambda: self.setting.vector(self.history(be.choose(old, s, past.far), self.p)),
             lambda: value + slope * (s - time))
         out = be.expected(gap <= past.near, out, lambda: _undeclared(be, past, s))

@@ -96,7 +96,7 @@ def look(be: Any, interpolate: Callable, slope: Callable | None, log: Any, t: Sc
         value = interpolate(record, at)[0, :]
         return index, value, 0.0 * value if slope is None else slope(record, at)[0, :]
 
-    return Looked(s, old, *be.branch(old, nothing, seek))
+    return Looked(s, old, *be.either(old, nothing, seek))
 
 
 def past_of(looked: list[Looked], far: Scalar, near: Scalar) -> Past:
@@ -188,7 +188,7 @@ class State(Equation):
             at = be.choose(found.old, record.t, found.time)
             return self.derivative(log, record.t + 0.5 * record.h)(be.time(at), found.value[:self.n])
 
-        return be.branch(found.old, lambda: 0.0 * found.value[:self.n], of_f)
+        return be.either(found.old, lambda: 0.0 * found.value[:self.n], of_f)
 
     def at_output(self, log: Any, t: Scalar) -> Array:
         """`u'` at an output; on a node, that of the step that ends there."""

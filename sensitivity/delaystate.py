@@ -122,7 +122,7 @@ class Dependent(Equation):
             value = self.values(record, at)[0, :]
             return index, value, 0.0 * value if slope is None else slope(record, at)[0, :]
 
-        return Looked(s, side.old, *be.branch(side.old, nothing, seek))
+        return Looked(s, side.old, *be.either(side.old, nothing, seek))
 
     def along(self, log: Any, sides: list[Side]) -> Callable[[Any, Array], Array]:
         """`rhs(t, u)` for the stages of a step."""

@@ -22,7 +22,7 @@ class Lookback:
         """A constant as the loops compare it."""
         return value
 
-    def branch(self, pred: Any, a: Callable[[], Any], b: Callable[[], Any]) -> Any:
+    def either(self, pred: Any, a: Callable[[], Any], b: Callable[[], Any]) -> Any:
         """`a()` where the scalar `pred` holds, else `b()`; a tracing backend evaluates both."""
         return a() if pred else b()
 

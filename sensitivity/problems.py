@@ -115,6 +115,7 @@ class DDEProblem:
 
     mass_matrix: ClassVar[None] = None
     jac: ClassVar[None] = None
+    jac_sparsity: ClassVar[None] = None
     vjp: ClassVar[None] = None
     jvp: ClassVar[None] = None
     paramjac: ClassVar[None] = None

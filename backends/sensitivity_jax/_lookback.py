@@ -15,7 +15,7 @@ class JaxLookback:
     def truth(self, value):
         return jnp.asarray(value)
 
-    def branch(self, pred, a, b):
+    def either(self, pred, a, b):
         return jax.tree.map(lambda x, y: jnp.where(pred, x, y), a(), b())
 
     def expected(self, ok, value, error):

@@ -51,11 +51,11 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
             raise base.unsupported(self.name, "dense=True or saveat='steps' of a delay equation",
                                    "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
 
-    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, base.Solved]:
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Any]:
         refuse_ambiguous(run, x, wanted)
         return solve_forward(run, x)
 
-    def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
+    def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
         x, log, _ = residuals
         s, tau = span(be, x.t0, x.t1), run.kind.tau(be, run, x)
@@ -65,7 +65,8 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
         state = State(run, x, tau, s, breaks)
         more = (len(breaks.times) + len(ts)) * (1 + len(run.kind.combinations))
         back = base.replace(run, method=self.alg or run.method, saves=None, tstops=(), progress=None, norm=None,
-                            dt=None if run.controller.adaptive else run.dt, max_steps=run.max_steps + more, capacity=run.capacity + more)
+                            dt=None if run.controller.adaptive else run.dt, max_steps=run.max_steps + more,
+                            capacity=run.capacity + more)
         tolerances = x._replace(rtol=x.rtol if self.rtol is None else self.rtol,
                                 atol=x.atol if self.atol is None else self.atol)
         eq = Costate(back, tolerances, state, log, ct.u, ts, params)
@@ -95,7 +96,7 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
                 t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, end.status)
 
-    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
+    def tangent(self, run: Run, residuals: Any, d: base.Tangents) -> Array:
         raise base.unsupported(self.name, "forward mode of a delay equation", "ForwardSensitivity()")
 
 

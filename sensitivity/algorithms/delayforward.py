@@ -45,7 +45,7 @@ class ForwardSensitivity(forward.ForwardSensitivity):
         return super().along(run, x, d, wanted)
 
     def _solve(self, run: Run, x: Inputs, d: base.Tangents,
-               moving: bool) -> tuple[base.Outputs, base.Aux, Array, Array | None]:
+               moving: bool) -> tuple[base.Outputs, base.Aux, base.Outputs, Array | None, Any]:
         be, xp = run.be, run.be.xp
         s = span(be, x.t0, x.t1)
         tau = run.kind.tau(be, run, x)
@@ -63,7 +63,8 @@ class ForwardSensitivity(forward.ForwardSensitivity):
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]
         aux = base.Aux([end.t] if run.saves is None else ts, end.t, end.accepted, end.rejected, nfe, end.status,
                        end.ratio, end.h, None)
-        return base.Outputs(u, None, None), aux, S, speed
+        moved = base.Outputs(xp.permute_dims(S, (1, 0, 2)))
+        return base.Outputs(u), aux, moved, speed, end.status
 
 
 class Augmented(Equation):
@@ -124,7 +125,7 @@ class Augmented(Equation):
             jump = row[:, None] * (before - after)[None, :]
             return u + xp.concat([0.0 * u[:n], xp.reshape(jump, (m * n,))])
 
-        return be.branch(there, jumped, lambda: u)
+        return be.either(there, jumped, lambda: u)
 
     def _moves(self) -> Array:
         """Derivatives of (t0, t1, tau_1, ..., tau_k) along each direction, `(m, 2 + k)`."""

@@ -87,7 +87,7 @@ class _Sweep(delay.Sweep):
                 moved = tuple(be.xp.astype(mu * v, v.dtype) for v in tau_p)
                 return lam + mu * lam_g, be.add(theta, moved), later + mu * (1.0 + tau_t), mu
 
-            lam, theta, later, mu = be.branch(landed, rooted, plain)
+            lam, theta, later, mu = be.either(landed, rooted, plain)
             parent = be.locate(self.log, eq.sides(c, t)[i].high + eq.close)
             pending = be.deposit(pending, parent, landed == be.truth(False),
                                  lambda mu=mu: Record(-mu, 0.0, 0.0 * u, 0.0 * K))

@@ -24,7 +24,7 @@ def walk(h: Harness) -> tuple[Walk, Any]:
         def seek() -> Any:
             return be.record(log, be.locate(log, s.t - 1.2)).u
 
-        seen = be.branch(s.t - 1.2 < 0.0, lambda: 0.0 * s.u, seek)
+        seen = be.either(s.t - 1.2 < 0.0, lambda: 0.0 * s.u, seek)
         record = Record(s.t, 0.5 + 0.0 * s.t, s.u, be.xp.stack([seen, s.u]))
         first = (s.t == 1.0) & (be.scalar(s.u[1]) < 2.5)
         u = s.u + be.vector([s.t, 1.0 + 0.0 * s.t], s.u) + 0.5 * seen
