@@ -58,7 +58,7 @@ from .methods import (
     Trapezoid,
     Tsit5,
 )
-from .problems import ODEProblem
+from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
@@ -79,6 +79,7 @@ __all__ = [
     "CheckedGradient",
     "ComplexStepVJP",
     "ContinuousCost",
+    "DDEProblem",
     "DirectAdjoint",
     "DiscreteCost",
     "Dopri5",

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import tree as _tree
 from .errors import UnsupportedCombination
+from .lookback import Lookback
 from .loops import Loops
 from .records import Array, Contribution, Record, Scalar
 
@@ -21,7 +22,7 @@ __all__ = ["Array", "Backend", "Contribution", "Loops", "Record", "Scalar", "Tre
 Tree = Any
 
 
-class Backend(Loops):
+class Backend(Lookback, Loops):
     """One array framework.
 
     Required: `name`, `modes`, `xp`, `is_array`; `custom_ad` when the framework has its own AD;

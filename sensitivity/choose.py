@@ -47,9 +47,12 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
         raise UnsupportedCombination(f"{sensealg.name} cannot differentiate {run.method.name}",
                                      "it needs the stages of each step, and the method keeps them to itself",
                                      "sensealg=GaussAdjoint(), InterpolatingAdjoint() or ForwardSensitivity()")
+    if run.kind is not None:
+        sensealg = run.kind.algorithm(sensealg)
     vjp = sensealg.vjp
     if vjp is None or vjp is auto:
-        vjp, reason = choose_vjp(run, x, verify)
+        at = (run, x) if run.kind is None else run.kind.products(run, x)
+        vjp, reason = choose_vjp(at[0], at[1], verify)
         because += (reason,)
     elif missing := vjp.missing(run):
         raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,

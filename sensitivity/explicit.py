@@ -66,7 +66,7 @@ class Explicit(Stepper):
 
 
 @cache
-def _transposed(tab: Tableau, order: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
+def transposed(tab: Tableau, order: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
     """Rows of `a^T` for stages in descending `order`, so that the reverse recursion is lower triangular too."""
     return tuple(tuple(tab.a[j][i] for j in order[:r]) for r, i in enumerate(order))
 
@@ -114,7 +114,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
 
     xs = tuple(be.permuted(x, order) for x in (times, tab.c, inputs))
     (theta, moved, stretched), Y = be.recursion(
-        _transposed(tab, order), be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0))
+        transposed(tab, order), be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0))
     kappa = None
     if tab.fsal:
         kappa = be.combine(base[0, :], h, _column(tab, 0, order), Y)

@@ -6,6 +6,7 @@ import math
 from numbers import Integral
 from typing import Any
 
+from . import delayprepare
 from . import probe as first_call
 from .blackbox import BlackBox
 from .control import FixedStep, PIController
@@ -14,7 +15,7 @@ from .events import Watched, watched
 from .integrate import Run
 from .mass import mass_of, scaled_products
 from .methods import Method, Tsit5
-from .problems import ODEProblem
+from .problems import DDEProblem, ODEProblem
 from .registry import registry
 from .sparsity import pattern_of
 from .system import Field, Inputs, Layout, Partition, Products
@@ -37,7 +38,8 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     ------
     InputError, TimesError, ToleranceError, UnsupportedCombination, and the errors of the first-call check.
     """
-    if not isinstance(prob, ODEProblem):
+    delayed = isinstance(prob, DDEProblem)
+    if not isinstance(prob, ODEProblem) and not delayed:
         raise InputError(f"prob is {type(prob).__name__}, not a problem", "f, u0, tspan and p go together",
                          "sa.solve(sa.ODEProblem(f, u0, tspan, p), sa.Tsit5())")
     method = Tsit5() if alg is None else alg
@@ -76,10 +78,13 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     c0, c1 = (be.concrete(v) for v in prob.tspan)
 
     u_tree = be.unflatten(u_structure, u_leaves)
-    f = prob.f
+    p = partition.join(be, theta, constants)
+    f, at, special = prob.f, u_tree, None
+    if delayed:
+        f, at, special = delayprepare.opened(be, prob, u_layout, t0, u0, p, method, events, (c0, c1))
     if probe != "off":
-        first_call.check(be, prob, t0, u_tree, partition.join(be, theta, constants), probe, wrt)
-    f, captured = be.hoist(f, be.time(be.scalar(t0)), u_tree, partition.join(be, theta, constants))
+        first_call.check(be, prob.remake(f=f), t0, u_tree, p, probe, wrt)
+    f, captured = be.hoist(f, be.time(be.scalar(t0)), at, p)
 
     field, theta = Field(f, u_layout, partition, len(captured), nonsingular), (*theta, *captured)
     seen: tuple[Watched, ...] = ()
@@ -95,7 +100,10 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     controller, dt = _controller(method, controller, dt, c0, c1)
     rtol, atol = _tolerances(be, rtol, atol, kind, u_layout, u0)
     max_events = _count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0
+    given = max_steps
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1, max_events)
+    if special is not None:
+        max_steps, capacity = special.room(be, max_steps, capacity, given)
     products = Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity)
     sparsity = pattern_of(prob.jac_sparsity, u_layout.size) if method.implicit and method.one_step else None
     if nonsingular is not None:
@@ -107,6 +115,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         dtmin=_positive("dtmin", dtmin), dtmax=_positive("dtmax", dtmax), tstops=_stops(tstops, c0, c1),
         max_steps=max_steps, capacity=capacity, norm=norm, progress=_progress(progress), events=seen,
         max_events=max_events, carried=tuple(tuple(v.shape) for v in theta[:partition.count]) if changes else (),
+        interpolated=delayed, kind=special,
     )
     return run, Inputs(u0, theta, t0, t1, times, constants, rtol, atol)
 

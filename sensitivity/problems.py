@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import InputError, SignatureError
 
@@ -66,12 +66,7 @@ class ODEProblem:
             raise SignatureError(f"f is {type(self.f).__name__}, which cannot be called",
                                  "the vector field is a function of time, state and parameters",
                                  "ODEProblem(f, u0, tspan, p) with def f(t, u, p): ...")
-        try:
-            t0, t1 = self.tspan
-        except (TypeError, ValueError):
-            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
-                             "tspan=(0.0, 10.0)") from None
-        object.__setattr__(self, "tspan", (t0, t1))
+        object.__setattr__(self, "tspan", _pair(self.tspan))
 
     def remake(self, **changes: Any) -> ODEProblem:
         """A copy with some fields changed: `prob.remake(p=p)`.
@@ -81,9 +76,87 @@ class ODEProblem:
         InputError
             A name is not a field of the problem.
         """
-        known = [f.name for f in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}",
-                                 "only fields can change", f"the fields are {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
+        return _remade(self, changes)
+
+
+@dataclass(frozen=True, eq=False)
+class DDEProblem:
+    """Initial value problem with delays, `u'(t) = f(t, u(t), h, p)`, where `h(s)` is the state at an earlier time `s`.
+
+    Parameters
+    ----------
+    f : callable
+        `f(t, u, h, p)` returns du/dt with the structure and shapes of `u`. It may call `h(t - lag)` for the lags that
+        are declared in `lags`; any other time is refused.
+    u0 : pytree of arrays
+        State at `t0`; it need not be `history(t0, p)`.
+    history : callable
+        `history(t, p)` is the state before `t0`, in the structure of `u0`.
+    tspan : (t0, t1)
+        Start and end, `t0 < t1`.
+    p : pytree, optional
+        Parameters handed to `f`, `history` and `lags`.
+    lags : sequence of numbers, or callable
+        The lags: positive numbers, or `lags(p)` that returns them, or `lags(t, u, p)` if they depend on the state.
+        Derivatives with respect to a lag need one of the callables: the points where the solution has kinks move with
+        the lags declared there.
+
+    Raises
+    ------
+    SignatureError
+        `f`, `history` or `lags` cannot be called as above.
+    InputError
+        `tspan` is not a pair, or `lags` is empty.
+    """
+
+    f: Callable[..., Any]
+    u0: Any
+    history: Callable[..., Any]
+    tspan: tuple[Any, Any]
+    p: Any = None
+    _: dataclasses.KW_ONLY
+    lags: Any
+
+    mass_matrix: ClassVar[None] = None
+    jac: ClassVar[None] = None
+    jac_sparsity: ClassVar[None] = None
+    vjp: ClassVar[None] = None
+    jvp: ClassVar[None] = None
+    paramjac: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        for name, signature in (("f", "f(t, u, h, p)"), ("history", "history(t, p)")):
+            value = getattr(self, name)
+            if not callable(value):
+                raise SignatureError(f"{name} is {type(value).__name__}, which cannot be called",
+                                     "a delay equation has a vector field and a past",
+                                     f"DDEProblem(f, u0, history, tspan, p, lags=[1.0]) with {signature}")
+        object.__setattr__(self, "tspan", _pair(self.tspan))
+
+    def remake(self, **changes: Any) -> DDEProblem:
+        """A copy with some fields changed: `prob.remake(p=p)`.
+
+        Raises
+        ------
+        InputError
+            A name is not a field of the problem.
+        """
+        return _remade(self, changes)
+
+
+def _pair(tspan: Any) -> tuple[Any, Any]:
+    try:
+        t0, t1 = tspan
+    except (TypeError, ValueError):
+        raise InputError(f"tspan={tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
+                         "tspan=(0.0, 10.0)") from None
+    return t0, t1
+
+
+def _remade(prob: Any, changes: dict[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(prob)]
+    for name in changes:
+        if name not in known:
+            raise InputError(f"remake got {name!r}, which is no field of {type(prob).__name__}",
+                             "only fields can change", f"the fields are {', '.join(known)}")
+    return dataclasses.replace(prob, **changes)

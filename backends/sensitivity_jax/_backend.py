@@ -15,6 +15,7 @@ from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
 from ._attach import attached, plain, task
+from ._lookback import JaxLookback
 from ._loops import BoundedLoops, JaxLoops
 
 
@@ -89,7 +90,7 @@ def _register_results():
         lambda aux, kept: Solution(*kept, None, *aux))
 
 
-class JaxBackend(JaxLoops, Backend):
+class JaxBackend(JaxLookback, JaxLoops, Backend):
     name = "jax"
     modes = frozenset({"reverse", "forward"})
     attaches = True

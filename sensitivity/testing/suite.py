@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from .. import vjp as products
 from ..algorithms.base import SensitivityAlgorithm
 from ..registry import registry
-from . import arrays, derivatives, loops, solves
+from . import arrays, derivatives, lookback, loops, solves
 from .harness import Harness, require
 
 
@@ -51,7 +51,7 @@ VJPS = (products.ReverseVJP, products.ForwardVJP, products.FiniteDifferenceVJP, 
 
 def checks(name: str) -> Iterator[Check]:
     """All checks for the backend called `name`; making the list imports no framework."""
-    for module in (arrays, loops, derivatives, solves):
+    for module in (arrays, loops, lookback, derivatives, solves):
         for title, function in vars(module).items():
             if not title.startswith("check_"):
                 continue

@@ -36,6 +36,9 @@ def solution(name: str, problem: Problem) -> Callable:
 
     def solve(p, u0):
         prob = sa.ODEProblem(problem.f, u0, problem.tspan, p)
+        if problem.past is not None:
+            history, lags = problem.past
+            prob = sa.DDEProblem(problem.f, u0, history, problem.tspan, p, lags=lags)
         return sa.solve(prob, alg, sensealg=algorithm(name), **options).u
 
     return solve

@@ -63,6 +63,7 @@ class Problem(NamedTuple):
     jac: Callable | None = None
     small: float = 1.0  # atol in units of rtol
     tight: float = 1e-11  # tolerance of the reference; it changes nothing where the step is fixed
+    past: tuple[Callable, Callable] | None = None  # history and lags; f is then f(t, u, h, p)
 
 
 def jax_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
@@ -171,6 +172,20 @@ def euler_mlp(ops: Ops, batch: int) -> Problem:
     return Problem(f, initial_states(ops, batch, 100), (0.0, 10.0), p, mean_square, dt=0.01)
 
 
+def delayed_network(ops: Ops) -> Problem:
+    """Two delays, 192 weights in one vector, and the delays themselves behind them."""
+    n, tau = 8, [0.6, 1.1]
+
+    def f(t, u, h, p):
+        a, b, c = (p[i * n * n : (i + 1) * n * n].reshape(n, n) for i in range(3))
+        return ops.tanh(a @ u + b @ h(t - p[-2]) + c @ h(t - p[-1])) - u
+
+    weights = 0.3 * np.random.default_rng(0).normal(size=3 * n * n)
+    past = (lambda t, p: 0.0 * p[:n], lambda p: [p[-2], p[-1]])
+    return Problem(f, ops.array(np.ones(n)), (0.0, 10.0), ops.array(np.concatenate([weights, tau])), mean_square,
+                   tol=1e-7, past=past)  # fmt: skip
+
+
 def thousand_steps(ops: Ops) -> Problem:
     """Nothing to compute: what is left is the solver's own time, and milliseconds read as microseconds a step."""
     zero = ops.array(np.zeros(2))
@@ -188,6 +203,7 @@ PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
     "euler-mlp-1": lambda ops: euler_mlp(ops, 1),
     "euler-mlp-100": lambda ops: euler_mlp(ops, 100),
     "thousand-steps": thousand_steps,
+    "delayed-network": delayed_network,
 }
 
 
@@ -224,6 +240,7 @@ ROWS: dict[str, list[Row]] = {
         Row("lotka-volterra", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
         Row("robertson", "gradient", "RecursiveCheckpointAdjoint", _recursive, 4),
         Row("robertson", "compile", "RecursiveCheckpointAdjoint", _recursive, 3),
+        Row("delayed-network", "gradient", "RecursiveCheckpointAdjoint", "differences.central", 20),
         Row("steep-neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2.5),
         Row("steep-neural-ode-1", "gradient", "InterpolatingAdjoint", _backsolve),
         Row("steep-neural-ode-1", "gradient", "BacksolveAdjoint", _backsolve),

@@ -1,0 +1,188 @@
+"""Continuous adjoint of delay equations: the costate solves a delay equation backwards in time.
+
+    lam'(t) = -f_u(t)^T lam(t) - sum_i [t + tau_i <= t1] f_{v_i}(t + tau_i)^T lam(t + tau_i),   lam(t1+) = 0,
+    lam(t_i-) = lam(t_i+) + l_{i,u},   mu'(t) = -f_p(t)^T lam(t),   mu(t1) = 0,
+    dG/du0 = lam(t0),   dG/dp = mu(t0) + sum_j J_j dxi_j/dp,   dG/dt0 = -lam(t0) . f(t0+) + sum_j J_j dxi_j/dt0,
+    J_j = lam(xi_j) . [f(xi_j-) - f(xi_j+)]   at the break points xi_j < t1,
+
+where `f_p` contains what a parameter does through the history and through the times `t - tau_i(p)`, there with u' from
+`f`. In the time `-t` the costate's equation has the same lags and the history zero, so the solver of the state solves
+it too. Its break points are those of the state and the outputs, with all sums of lags subtracted.
+
+References: Lenz, Schloeder, Bock 2014; Calver and Enright 2017 for the jumps of sensitivities of delay equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..backend import Array, Scalar
+from ..delay import stage_inputs
+from ..delaysolve import Breaks, Equation, State, break_points, look, march, solve_forward
+from ..integrate import Run, Span, span
+from ..methods import RungeKutta
+from ..system import Inputs
+from . import base, interpolating
+from .delay import refuse_ambiguous, through_lags
+
+
+@dataclass(frozen=True)
+class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
+    """Continuous adjoint of a delay equation along the dense forward solution; see the module."""
+
+    events: ClassVar[bool] = False
+    second_order: ClassVar[bool] = False
+    modes: ClassVar[frozenset[str]] = frozenset({"reverse"})
+
+    def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
+        out, aux, _ = solve_forward(run, x)
+        return out, aux
+
+    def refuse(self, run: Run) -> None:
+        super().refuse(run)
+        if self.stores:
+            raise base.unsupported(f"{self.name} with checkpoints", "a delay equation, which looks at its whole past",
+                                   "InterpolatingAdjoint()")
+        if not isinstance(self.alg or run.method, RungeKutta):
+            raise base.unsupported(f"{self.name}(alg={self.alg!r})", "a delay equation, whose costate has delays too",
+                                   "InterpolatingAdjoint(alg=sa.Tsit5())")
+        if run.dense or run.saves == "steps":
+            raise base.unsupported(self.name, "dense=True or saveat='steps' of a delay equation",
+                                   "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
+
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Any]:
+        refuse_ambiguous(run, x, wanted)
+        return solve_forward(run, x)
+
+    def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
+        be = run.be
+        x, log, _ = residuals
+        s, tau = span(be, x.t0, x.t1), run.kind.tau(be, run, x)
+        breaks = break_points(run, x, tau, s)
+        params = "theta" in wanted and bool(x.theta)
+        ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
+        state = State(run, x, tau, s, breaks)
+        more = (len(breaks.times) + len(ts)) * (1 + len(run.kind.combinations))
+        back = base.replace(run, method=self.alg or run.method, saves=None, tstops=(), progress=None, norm=None,
+                            dt=None if run.controller.adaptive else run.dt, max_steps=run.max_steps + more,
+                            capacity=run.capacity + more)
+        tolerances = x._replace(rtol=x.rtol if self.rtol is None else self.rtol,
+                                atol=x.atol if self.atol is None else self.atol)
+        eq = Costate(back, tolerances, state, log, ct.u, ts, params)
+        end, costates = march(eq)
+        z = eq.enter(costates, -s.t0, 0.0, end.u)
+        lam, n = z[:eq.n], eq.n
+        theta = be.split(z[n:], x.theta) if params else ()
+        nvjp = (1 + run.kind.count) * eq.stepper.tab.stages * (end.accepted + end.rejected)
+        t0_bar = t1_bar = 0.0
+        ts_bar = None
+        nfe = 0
+        moved = base.times_wanted(wanted)
+        if moved or (params and run.kind.moving):
+            jumps = _jumps(eq, costates, breaks)
+            nfe = 2 * jumps.shape[0]
+            through = jumps @ breaks.rows
+            if params and run.kind.moving:
+                theta = be.add(theta, through_lags(run, x, through[2:]))
+        if moved:
+            t0_bar = be.scalar(through[0]) - be.dot(lam, state.first(be.time(s.t0), x.u0))
+            speeds = be.scan(lambda _, i: (0, be.dot(i[1], state.at_output(log, i[0]))), 0, (ts, ct.u))[1]
+            nfe = nfe + 1 + ct.u.shape[0]
+            if run.saves is None:
+                t1_bar = be.total(speeds)
+            else:
+                ts_bar = speeds
+                t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, end.status)
+
+    def tangent(self, run: Run, residuals: Any, d: base.Tangents) -> Array:
+        raise base.unsupported(self.name, "forward mode of a delay equation", "ForwardSensitivity()")
+
+
+class Costate(Equation):
+    """The equation of `(lam, mu)` in the time `-t`."""
+
+    def __init__(self, run: Run, x: Inputs, state: State, forward: Any, ct: Array, ts: Any, params: bool) -> None:
+        s = state.span
+        super().__init__(run, x, state.tau, Span(-s.t1, -s.t0, 1.0), _backward_breaks(state, ts))
+        be, xp = run.be, run.be.xp
+        self.state, self.forward, self.ct, self.params, self.n = state, forward, ct, params, x.u0.shape[0]
+        n = self.n
+        self.ts = be.time_vector(ts, x.u0)
+        size = n + (sum(base.size_of(v) for v in x.theta) if params else 0)
+        self.u0 = be.padded(0.0 * x.u0, size)
+        self.norm = (lambda e: be.greatest(be.rms(e[:n]), be.rms(e[n:]))) if size > n else be.rms
+        if getattr(x.atol, "ndim", 0):
+            self.atol = xp.concat([x.atol, xp.max(x.atol) + 0.0 * self.u0[n:]])
+        self.first_step = be.last_size(forward)
+        self.stages = run.kind.products(run, x)[0]
+
+    def enter(self, log: Any, t: Scalar, h: Scalar, u: Array) -> Array:
+        """The jump of the costate at outputs."""
+        be, xp = self.run.be, self.run.be.xp
+        now = xp.astype(xp.abs(self.ts + t) <= self.breaks.near, self.ct.dtype)
+        return u + be.padded(now @ self.ct, u.shape[0])
+
+    def derivative(self, log: Any, middle: Scalar) -> Any:
+        be, xp, n = self.run.be, self.run.be.xp, self.n
+
+        def at(back: Any, z: Array) -> Array:
+            now = be.scalar(back)
+            z_bar, theta_bar = self._pull(-now, -middle, z[:n], self.params)
+            out = z_bar[:n]
+            for i in range(self.count):
+                lag = self.tau[i]
+                found = look(be, self.values, None, log, now, middle, lag, self.span.t0, z)
+                # Beyond t1 the costate is zero; the product is made all the same, at a place that exists.
+                shift = be.choose(found.old, 0.0 * lag, lag)
+                later, _ = self._pull(shift - now, shift - middle, found.value[:n], False)
+                out = out + later[n * (i + 1):n * (i + 2)]
+            return xp.concat([out, *(xp.astype(xp.reshape(v, (-1,)), z.dtype) for v in theta_bar)])
+
+        return at
+
+    def _pull(self, t: Scalar, middle: Scalar, lam: Array, params: bool) -> tuple[Array, tuple[Array, ...]]:
+        """`lam` times the derivatives of `f` at a time of the forward solution."""
+        be = self.run.be
+        u, past = self.state.past_at(self.forward, t, middle, params)
+        inputs = stage_inputs(be, self.x, u, past)
+        pull = self.run.vjp.pullback(self.stages, inputs, params=params)
+        z_bar, theta_bar, _ = pull(be.time(t), inputs.u0, be.padded(lam, inputs.u0.shape[0]))
+        return z_bar, theta_bar
+
+
+def _backward_breaks(state: State, ts: Any) -> Breaks:
+    """Outputs and break points of the state, less all sums of lags, in the time `-t`."""
+    run, s, tau = state.run, state.span, state.tau
+    be, xp = run.be, run.be.xp
+    own = be.asarray(state.breaks.times, dtype=be.time_dtype(state.x.u0.dtype), device=be.device(state.x.u0))
+    starts = -xp.concat([own, be.asarray(be.time_vector(ts, state.x.u0), dtype=own.dtype)])
+    combos = be.asarray([(0.0,) * run.kind.count, *(tuple(map(float, c)) for c in run.kind.combinations)],
+                        dtype=own.dtype, device=be.device(state.x.u0))
+    lags = be.asarray(tau, dtype=own.dtype, device=be.device(state.x.u0))
+    times = xp.reshape(starts[:, None] + (combos @ lags)[None, :], (-1,))
+    near = state.breaks.near
+    end = be.asarray([-s.t0], dtype=own.dtype, device=be.device(state.x.u0))
+    times = xp.where(times < -s.t0 - near, times, end)
+    return Breaks(be.scalars(xp.sort(xp.concat([times, end]))), own, near)
+
+
+def _jumps(eq: Costate, costates: Any, breaks: Breaks) -> Array:
+    """`J` at each break point: zero at t0, at t1, and where one is listed twice."""
+    be, state, n = eq.run.be, eq.state, eq.n
+    s, times = state.span, breaks.times
+
+    def at(before: Scalar, t: Scalar) -> tuple[Scalar, Scalar]:
+        t = t[0]
+        inside = (t - before > breaks.near) & (t < s.t1 - breaks.near)
+        here = be.choose(inside, t, 0.5 * (s.t0 + s.t1))
+        record = be.record(costates, be.locate(costates, -here))
+        lam = eq.stepper.interpolate(record, [-here])[0, :n]
+        now, size = be.time(here), 1e-3 * state.shortest
+        u = state.past_at(eq.forward, here, here - size, False)[0]
+        left, right = (state.derivative(eq.forward, here + d * size)(now, u) for d in (-1.0, 1.0))
+        return t, be.choose(inside, be.dot(lam, left - right), 0.0 * here)
+
+    _, out = be.scan(at, s.t0, (times,))
+    return be.vector(be.scalars(out), breaks.rows)

@@ -1,0 +1,141 @@
+"""Forward sensitivities of delay equations: the state and its derivatives as one delay equation.
+
+    S' = f_u S + sum_i f_{v_i} [S(t - tau_i) - u'(t - tau_i) dtau_i/dp] + f_p,   S(t0) = du0/dp - f(t0+) dt0/dp,
+    S(s) = phi_p(s) and u'(s) = phi_t(s) for s < t0, else u'(s) = f(s, u(s), ...),
+    S(xi+) = S(xi-) + [f(xi-) - f(xi+)] dxi/dp   at the break points xi = t0 + sum_i n_i tau_i.
+
+`u'` in the past is taken from `f`, not from the dense output, which would lose an order. The jumps of S are zero but
+for the first break points of a solution that starts with a jump; the formula is applied at all of them.
+
+References: Hairer, Norsett, Wanner I, I.14 and II.17; Baker and Rihan 1999 for sensitivities of delay equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..backend import Array, Scalar
+from ..delay import LagField, stage_inputs
+from ..delaysolve import Breaks, Equation, State, break_points, look, march, past_of, solve_forward
+from ..integrate import Run, Span, span
+from ..system import Inputs
+from . import base, forward
+from .delay import refuse_ambiguous
+
+
+@dataclass(frozen=True)
+class ForwardSensitivity(forward.ForwardSensitivity):
+    """Continuous forward sensitivities of a delay equation; see the module."""
+
+    events: ClassVar[bool] = False
+
+    def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
+        out, aux, _ = solve_forward(run, x)
+        return out, aux
+
+    def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, forward.Columns]:
+        refuse_ambiguous(run, x, wanted)
+        return super().forward(run, x, wanted)
+
+    def along(self, run: Run, x: Inputs, d: base.Tangents,
+              wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, Array]:
+        refuse_ambiguous(run, x, wanted)
+        return super().along(run, x, d, wanted)
+
+    def _solve(self, run: Run, x: Inputs, d: base.Tangents,
+               moving: bool) -> tuple[base.Outputs, base.Aux, base.Outputs, Array | None, Any]:
+        be, xp = run.be, run.be.xp
+        s = span(be, x.t0, x.t1)
+        tau = run.kind.tau(be, run, x)
+        eq = Augmented(run, x, tau, s, break_points(run, x, tau, s), d, self.errors)
+        end, log = march(eq)
+        ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
+        rows = end.u[None, :]
+        if run.saves is not None:
+            rows = be.reached(be.sample(eq.stepper.interpolate, log, ts, eq.u0, 1.0), ts, end.t, 1.0)
+        u, S = rows[:, :eq.n], xp.reshape(rows[:, eq.n:], (-1, eq.m, eq.n))
+        speed = None
+        nfe = eq.stepper.tab.stages * (end.accepted + end.rejected) + (0 if run.dt is not None else 2)
+        if moving:
+            _, slopes = be.scan(lambda _, i: (0, eq.state.at_output(log, i[0])), 0, (ts,))
+            speed, nfe = be.gathered(slopes), nfe + u.shape[0]
+        aux = base.Aux([end.t] if run.saves is None else ts, end.t, end.accepted, end.rejected, nfe, end.status,
+                       end.ratio, end.h, None)
+        moved = base.Outputs(xp.permute_dims(S, (1, 0, 2)))
+        return base.Outputs(u), aux, moved, speed, end.status
+
+
+class Augmented(Equation):
+    """The equation of state and sensitivities, `z = (u, S)` with one row of S per column of the derivative."""
+
+    def __init__(self, run: Run, x: Inputs, tau: Any, s: Span, breaks: Breaks, d: base.Tangents,
+                 errors: str) -> None:
+        super().__init__(run, x, tau, s, breaks)
+        be, xp = run.be, run.be.xp
+        self.n, self.m, self.d = x.u0.shape[0], d.u0.shape[0], d
+        n, m = self.n, self.m
+        self.state = State(run, x, tau, s, breaks)
+        S0 = d.u0
+        if d.t0 is not None:
+            S0 = S0 - d.t0[:, None] * self.state.first(be.time(s.t0), x.u0)[None, :]
+        self.u0 = xp.concat([x.u0, xp.reshape(S0, (m * n,))])
+        self.atol = forward._wide(be, x.atol, m)
+        own, covered = run.norm or be.rms, errors == "all" and m > 0
+        self.norm = (lambda e: be.greatest(own(e[:n]), be.rms(e[n:]))) if covered else (lambda e: own(e[:n]))
+        self.stages = run.kind.products(run, x)[0]
+        self.moves = self._moves()
+        self.rhs = self._rhs
+
+    def _rhs(self, t: Any, z: Array, past: Any) -> Array:
+        """Derivative of `z`; the past's values are states and sensitivities."""
+        be, xp, n, m = self.run.be, self.run.be.xp, self.n, self.m
+        values = [v[:n] for v in past.values]
+        slopes = [v[:n] for v in past.slopes]
+        inputs = stage_inputs(be, self.x, z[:n], past._replace(values=values, slopes=slopes))
+        dz = xp.concat([xp.reshape(v[n:], (m, n)) for v in (z, *past.values)], axis=1)
+        push = self.run.vjp.pushforward(self.stages, inputs, self.d.theta)
+        f, df = push(t, inputs.u0, dz, None)
+        return xp.concat([f[:n], xp.reshape(df[:, :n], (m * n,))])
+
+    def derivative(self, log: Any, middle: Scalar) -> Any:
+        be = self.run.be
+
+        def at(t: Any, z: Array) -> Array:
+            now = be.scalar(t)
+            looked = []
+            for i in range(self.count):
+                found = look(be, self.values, None, log, now, middle, self.tau[i], self.span.t0, z)
+                looked.append(found._replace(slope=self.state.slope(log, found)))
+            return self.rhs(t, z, past_of(looked, self.far, be.scalar(math.inf)))
+
+        return at
+
+    def enter(self, log: Any, t: Scalar, h: Scalar, u: Array) -> Array:
+        """The jump of S at a break point."""
+        be, xp, n, m = self.run.be, self.run.be.xp, self.n, self.m
+        b = be.following(self.breaks.times, t - self.breaks.near)
+        there = (abs(self.breaks.times[b] - t) <= self.breaks.near) & (t > self.span.t0 + self.breaks.near)
+
+        def jumped() -> Array:
+            now = be.time(t)
+            before, after = (self.state.derivative(log, t + d * h)(now, u[:n]) for d in (-0.5, 0.5))
+            row = self.moves @ xp.astype(self.breaks.rows[b, :], u.dtype)
+            jump = row[:, None] * (before - after)[None, :]
+            return u + xp.concat([0.0 * u[:n], xp.reshape(jump, (m * n,))])
+
+        return be.either(there, jumped, lambda: u)
+
+    def _moves(self) -> Array:
+        """Derivatives of (t0, t1, tau_1, ..., tau_k) along each direction, `(m, 2 + k)`."""
+        be, xp, run, x, n, m, k = self.run.be, self.run.be.xp, self.run, self.x, self.n, self.m, self.count
+        in_lags = be.unit_rows(m, k, m, x.u0)
+        if run.kind.moving and m:
+            z = be.padded(x.u0, n + k)
+            lags = run.kind.as_field(run, LagField.of(run))
+            push = run.vjp.pushforward(lags, x._replace(u0=z), self.d.theta)
+            in_lags = push(be.time(self.span.t0), z, be.unit_rows(m, n + k, m, x.u0), None)[1][:, n:]
+        zero = 0.0 * self.d.u0[:, :1]
+        in_t0 = zero if self.d.t0 is None else zero + self.d.t0[:, None]
+        return xp.concat([in_t0, zero, in_lags], axis=1)
