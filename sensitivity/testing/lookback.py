@@ -63,7 +63,7 @@ def check_unfold(h: Harness) -> None:
 
 
 def check_collect(h: Harness) -> None:
-    """`collect` goes from the newest record to the oldest, and hands each what was left for it before and on the way."""
+    """`collect` goes from the newest record to the oldest and hands each what was left for it."""
     be = h.be
     _, log = walk(h)
     _, _, kept = walked()
