@@ -219,7 +219,7 @@ class Rosenbrock(Stepper):
         if time:
             change = be.dot(state.lam, be.combine(None, 1.0, tab.b, K)) + stretched
             if out is not None:
-                change = change + out.h
+                change, moved = change + out.h, moved + out.t
             h_bar = be.choose(last, change, h_bar)
         lam = be.combine(lam, 1.0, _ones(tab.stages), Y)
         if out is not None and out.u is not None:
