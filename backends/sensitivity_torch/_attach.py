@@ -47,9 +47,10 @@ def flattened(x):
 def bare(run, x):
     """Inputs that autograd does not know, except what `f` closes over, which it has to."""
     live = run.field.f.live
-    known = {id(v) for v in live}
+    known, k = {id(v) for v in live}, run.field.p.count
     plain = Inputs(*(v.detach() if isinstance(v, torch.Tensor) else v for v in x))
-    return plain._replace(theta=tuple(v if id(v) in known else v.detach() for v in x.theta))
+    return plain._replace(theta=(*(v.detach() for v in x.theta[:k]),
+                                 *(v if id(v) in known else v.detach() for v in x.theta[k:])))
 
 
 def attach(be, algorithm, run, x):
