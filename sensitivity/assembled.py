@@ -257,7 +257,8 @@ def assemble(prob: Any, cost: Cost, options: dict[str, Any], run: Run, x: Inputs
                                              "the end, where the integral is read, may not be reached",
                                              "the running cost alone, or with a callable of the end: saveat=None")
             options["events"] = events_of_pair(options["events"])
-        options["norm"] = WorstPart(be.differentiable(), n, run.norm)
+        if run.method.one_step:  # others have error norms of their own
+            options["norm"] = WorstPart(be.differentiable(), n, run.norm)
         for name in ("rtol", "atol"):
             if getattr(getattr(x, name), "ndim", 0):
                 options[name] = (options[name], xp.min(getattr(x, name)))

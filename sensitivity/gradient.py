@@ -18,8 +18,9 @@ from .jacobian import sizes
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
-from .solve import build, checked, count, finished, judge, prepare_options, warn_numerical
+from .solve import build, checked, count, finished, prepare_options, warn_numerical
 from .system import Inputs
+from .verdict import judge
 
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 
@@ -147,7 +148,7 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     value, ct, direct = loss_cotangent(prob, run, x, algorithm, out, aux, loss, dloss, sol, wanted)
     bar: Cotangents = be.run(worker, "reverse", run, (residuals, ct), wanted)
     status = be.concrete(bar.status)
-    if on_failure == "raise" and sol.success:
+    if on_failure == "raise" and be.concrete(aux.status) == RetCode.Success:
         judge(algorithm, be, bar, sol)
     if bar.mismatch is not None:
         sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))

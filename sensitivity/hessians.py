@@ -18,7 +18,8 @@ from .gradient import _moved, _replaced, _selected, checked_names
 from .probe import through_ad
 from .retcode import RetCode
 from .second import paired, refuse_second, warn_differences
-from .solve import build, checked, finished, prepare_options, reverse_failure
+from .solve import build, checked, finished, prepare_options
+from .verdict import judge
 from .vjp import UserVJP
 
 
@@ -149,9 +150,7 @@ class _Product:
         l_u, turned_u, turned = self._loss(Outputs(u, None, None), aux, w, d)
         ct = Outputs(xp.concat([turned_u, l_u], axis=1), None, None)
         bar = be.run(self.algorithm, "reverse", pair, (residuals, ct), self.wanted)
-        status = be.concrete(bar.status)
-        if status is not None and status != RetCode.Success:
-            raise reverse_failure(self.algorithm, RetCode(int(status)))
+        judge(self.algorithm, be, bar)
         pieces: list[Array] = []
         for name, size in self.parts:
             blocks = [bar.u0[:n]] if name == "u0" else bar.theta

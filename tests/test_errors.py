@@ -32,6 +32,7 @@ BUILT_IN = {
     sa.IndexTooHigh: NotImplementedError,
     sa.CapturedValueError: ValueError,
     sa.SolveError: RuntimeError,
+    sa.UnstableSensealgError: RuntimeError,
     sa.BackendMissingError: ImportError,
 }
 DEFINED = [c for c in vars(errors).values() if inspect.isclass(c) and c.__module__ == errors.__name__]
@@ -52,7 +53,8 @@ def test_codes_are_unique_and_stable():
         "SensitivityError": "SN100", "SignatureError": "SN101", "OutputError": "SN102", "ImpureFunctionError": "SN103",
         "BrokenGradientError": "SN104", "TracingError": "SN105", "MixedFrameworksError": "SN106", "InputError": "SN107",
         "TimesError": "SN108", "ToleranceError": "SN109", "UnsupportedCombination": "SN110",
-        "CapturedValueError": "SN111", "IndexTooHigh": "SN112", "SolveError": "SN201", "BackendMissingError": "SN401",
+        "CapturedValueError": "SN111", "IndexTooHigh": "SN112", "SolveError": "SN201",
+        "UnstableSensealgError": "SN202", "BackendMissingError": "SN401",
     }
 
 

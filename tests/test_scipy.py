@@ -181,6 +181,16 @@ def test_dense_parameters_of_autograd():
     assert autograd.grad(loss)(k) == pytest.approx((loss(k + e) - loss(k - e)) / (2 * e), rel=1e-5)
 
 
+def test_a_running_cost():
+    """The integral of `u0^2 + p0` as a loss."""
+    cost = sa.ContinuousCost(lambda t, u, p: u[0] ** 2 + p[0], dgdu=lambda t, u, p: np.array([2.0 * u[0], 0.0]),
+                             dgdp=lambda t, u, p: np.array([1.0, 0.0]))
+    exact, r = (sa.gradient(Pendulum().problem(), alg, cost, rtol=1e-9, atol=1e-9, probe="off")
+                for alg in (sa.Tsit5(), sa.ScipySolver("DOP853")))
+    np.testing.assert_allclose(r.p, exact.p, rtol=1e-6)
+    np.testing.assert_allclose(r.u0, exact.u0, rtol=1e-6)
+
+
 # -- failures ------------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ from sensitivity.algorithms.base import Aux, Outputs, Tangents, fractions
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.retcode import RetCode
 from sensitivity.second import refuse_second, turned
-from sensitivity.solve import judge
 from sensitivity.system import Inputs
+from sensitivity.verdict import judge
 
 from . import _autodiff, _levels
 

@@ -11,7 +11,7 @@ from sensitivity.algorithms.base import Outputs
 from sensitivity.errors import CapturedValueError, UnsupportedCombination
 from sensitivity.registry import registry
 from sensitivity.retcode import RetCode
-from sensitivity.solve import judge
+from sensitivity.verdict import judge
 from sensitivity_numpy._boxes import BoxBackend, value
 
 

@@ -1,0 +1,33 @@
+"""What is said of a reverse pass that failed, or that may be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import SolveError
+from .retcode import RetCode
+
+
+def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
+    """Raise for a reverse pass that failed, and let the algorithm say what it found; what is only traced is let be."""
+    status = be.concrete(bar.status)
+    algorithm.verdict(bar, status, None if bar.mismatch is None else be.concrete(bar.mismatch))
+    if status is not None and status != RetCode.Success:
+        raise reverse_failure(algorithm, RetCode(int(status)), sol)
+
+
+def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:
+    """The error that says why there is no gradient."""
+    name = f"{algorithm.name} has no gradient to give: "
+    what, why, fix = {
+        RetCode.GrazingEvent: (name + "a condition only grazes zero", "the event's time has no derivative there",
+                               "a condition that crosses zero at an angle, or other parameters"),
+        RetCode.SimultaneousEvents: (name + "two events happen at one time", "their order decides, so that the limits "
+                                     "from the two sides differ", "merge them into one event, or move one"),
+        RetCode.EventAtSaveTime: (name + "an output lies exactly on an event",
+                                  "it would be the state before or behind the event after the smallest change",
+                                  "read sol.events.u, or save a little earlier or later"),
+    }.get(code, (f"the reverse solve of {algorithm.name} failed: {code.name}",
+                 "the adjoint equation needs more steps than allowed, or cannot be followed backwards",
+                 "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger"))
+    return SolveError(what, why, fix, code, None, sol)
