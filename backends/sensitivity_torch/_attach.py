@@ -49,7 +49,8 @@ def bare(run, x):
     live = run.field.f.live
     known = {id(v) for v in live}
     plain = Inputs(*(v.detach() if isinstance(v, torch.Tensor) else v for v in x))
-    return plain._replace(theta=tuple(v if id(v) in known else v.detach() for v in x.theta))
+    own = run.field.p.count  # a tensor of p that f closes over as well is two inputs
+    return plain._replace(theta=tuple(v if i >= own and id(v) in known else v.detach() for i, v in enumerate(x.theta)))
 
 
 def attach(be, algorithm, run, x):

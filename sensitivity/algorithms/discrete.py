@@ -58,7 +58,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
         several of them are given.
     UnsupportedCombination
-        A budget with `dense=True`; `spill` on a backend that compiles its loops.
+        A budget with `dense=True`, events or a method that is not explicit; `spill` on a backend that compiles its
+        loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
