@@ -28,7 +28,8 @@ def suits(algorithm, run, x, wanted):
     """Whether the steps of this solve can be recorded."""
     return (type(algorithm) is RecursiveCheckpointAdjoint and isinstance(run.method, RungeKutta) and not run.events
             and type(run.vjp) is ReverseVJP and not wanted & {"t0", "t1", "saveat"} and not x.u0.is_complex()
-            and x.u0.shape[0] > _ahead.LARGEST and not _levels.active())
+            and x.u0.shape[0] > _ahead.LARGEST and not _levels.active()
+            and torch._C._autograd._saved_tensors_hooks_is_enabled())  # not inside torch.func transforms
 
 
 def forward(algorithm, run, x, wanted):

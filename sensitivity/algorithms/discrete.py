@@ -58,7 +58,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
         several of them are given.
     UnsupportedCombination
-        A budget with `dense=True`; `spill` on a backend that compiles its loops.
+        A budget with `dense=True`, events or a method that is not explicit; `spill` on a backend that compiles its
+        loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
@@ -94,6 +95,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         return not self.budgeted
 
     def refuse(self, run: Run) -> None:
+        if self.budgeted and run.kind is not None:
+            raise base.unsupported(f"{self.name} with a budget", "a problem that is no ordinary differential equation",
+                                   "RecursiveCheckpointAdjoint()")
         if self.budgeted and (run.method.implicit or not run.method.one_step):
             raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which is no explicit method",
                                    "RecursiveCheckpointAdjoint()")
