@@ -26,7 +26,8 @@ from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning
 from ..integrate import evaluations
 from ..retcode import RetCode
 from . import base
-from .continuous import ContinuousAdjoint, Leg, Way, checked_points, least, worst_part
+from .continuous import ContinuousAdjoint, Leg, Way, least, worst_part
+from .points import checked_points
 
 DOUBTFUL = 100.0  # tolerances between the state integrated backwards and the stored one
 LOST = 0.1  # relative difference of the two

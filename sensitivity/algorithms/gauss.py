@@ -22,7 +22,8 @@ from ..backend import Array, Record, Scalar
 from ..integrate import State
 from ..jacobian import Jacobian, given
 from ..stepper import Stepper
-from .continuous import ContinuousAdjoint, Leg, Path, Way, checked_points, path
+from .continuous import ContinuousAdjoint, Leg, Path, Way, path
+from .points import checked_points
 
 PANELS = 100_000
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
-from .continuous import ContinuousAdjoint, Leg, Way, checked_points, path, worst_part
+from .continuous import ContinuousAdjoint, Leg, Way, path, worst_part
+from .points import checked_points
 
 
 @dataclass(frozen=True)
