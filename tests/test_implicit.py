@@ -335,3 +335,15 @@ def test_torch_transforms():
         leaf = p.clone().requires_grad_()
         loss(leaf).backward()
         torch.testing.assert_close(row, leaf.grad, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"jac": jacobian}], ids=["by AD", "jac given"])
+def test_second_order(numpy_lab, given):
+    """The Hessian along a direction is the difference of two gradients of the computed solution."""
+    prob = sa.ODEProblem(field(numpy_lab.xp), U0, (T0, T1), P, **given)
+    loss = lambda sol: numpy_lab.xp.sum(sol.u**2)  # noqa: E731
+    d, e = np.array([0.3, -1.0]), 1e-5
+    h = sa.hessian_vector_product(prob, sa.Kvaerno3(), loss, d, wrt="p", **FIXED)
+    rows = [sa.gradient(prob.remake(p=P + s * e * d), sa.Kvaerno3(), loss, wrt="p", **FIXED).p for s in (1.0, -1.0)]
+    # e^2 times a third derivative
+    np.testing.assert_allclose(getattr(h, "p", h), (rows[0] - rows[1]) / (2.0 * e), rtol=1e-6)
