@@ -25,7 +25,7 @@ from .assembled import WorstPart
 from .backend import Array, Backend
 from .errors import NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
-from .system import Field, Inputs, Layout
+from .system import Field, Inputs, Layout, Products
 from .vjp import VJP, FiniteDifferenceVJP, ForwardVJP, Pull, ReverseVJP, _through
 
 
@@ -132,13 +132,13 @@ def paired(algorithm: Any, run: Run, x: Inputs, d: Tangents) -> tuple[Run, Input
     """The run of state and tangent along the one direction `d`."""
     be, xp, n = run.be, run.be.xp, x.u0.shape[0]
     layout = Layout(be.flatten(x.u0)[1], ((2 * n,),))
-    field = TangentField(run.field.f, layout, run.field.p, run.field.captured, run)
+    field = TangentField(run.field.f, layout, run.field.p, run.field.captured, run=run)
     norm = (FirstPart if algorithm.exact else WorstPart)(be.differentiable(), n, run.norm)
     direction = tuple(v[0, ...] for v in d.theta)
     rtol, atol = (xp.concat([v, v]) if getattr(v, "ndim", 0) else v for v in (x.rtol, x.atol))
     pair = x._replace(u0=xp.concat([x.u0, d.u0[0, :]]), constants=(*x.constants, *direction, x.u0), rtol=rtol,
                       atol=atol)
-    return replace(run, field=field, vjp=TangentVJP(), norm=norm), pair
+    return replace(run, field=field, vjp=TangentVJP(), norm=norm, products=Products(), sparsity=None), pair
 
 
 def turned(algorithm: Any, run: Run, x: Inputs, d: Tangents, ct: Array, dct: Array,
@@ -169,6 +169,8 @@ def refuse_second(algorithm: Any, run: Run, wanted: frozenset[str]) -> None:
         cause = f"{algorithm.name} gives second derivatives in u0 and p only, not in times"
     elif run.dense:
         cause = "dense=True has no second derivatives"
+    elif run.mass is not None:
+        cause = "a singular mass matrix has no second derivatives"
     elif run.kind is not None or run.events:
         cause = "second derivatives are there for ordinary differential equations without events only"
     if cause:

@@ -205,6 +205,12 @@ def test_refused(numpy_lab, options):
         sa.gradient(prob, options.pop("alg", sa.Kvaerno3()), lambda sol: sol.u.sum(), **options)
 
 
+def test_events_are_refused():
+    prob = sa.ODEProblem(field(np), GUESS, (T0, T1), P0, mass_matrix=M)
+    with pytest.raises(sa.UnsupportedCombination, match="singular mass matrix"):
+        sa.solve(prob, sa.Kvaerno5(), events=[sa.Event(lambda t, u, p: u[0])])
+
+
 def test_index_two(lab):
     """Position constrained, velocity the variable that has to see to it."""
     prob = sa.ODEProblem(lambda t, u, p: lab.xp.stack([u[1], u[0] - 1.0]), lab.array([1.0, 0.0]), (0.0, 1.0),

@@ -335,3 +335,40 @@ def test_torch_transforms():
         leaf = p.clone().requires_grad_()
         loss(leaf).backward()
         torch.testing.assert_close(row, leaf.grad, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"jac": jacobian}], ids=["by AD", "jac given"])
+def test_second_order(numpy_lab, given):
+    """The Hessian along a direction is the difference of two gradients of the computed solution."""
+    prob = sa.ODEProblem(field(numpy_lab.xp), U0, (T0, T1), P, **given)
+    loss = lambda sol: numpy_lab.xp.sum(sol.u**2)  # noqa: E731
+    d, e = np.array([0.3, -1.0]), 1e-5
+    h = sa.hessian_vector_product(prob, sa.Kvaerno3(), loss, d, wrt="p", **FIXED)
+    rows = [sa.gradient(prob.remake(p=P + s * e * d), sa.Kvaerno3(), loss, wrt="p", **FIXED).p for s in (1.0, -1.0)]
+    # e^2 times a third derivative
+    np.testing.assert_allclose(getattr(h, "p", h), (rows[0] - rows[1]) / (2.0 * e), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sensealg", [sa.GaussAdjoint(), sa.QuadratureAdjoint(), sa.BacksolveAdjoint(),
+                                      sa.InterpolatingAdjoint(), sa.ForwardSensitivity(), sa.ForwardADSensitivity()],
+                         ids=lambda a: a.name)
+@pytest.mark.parametrize("method", [sa.Kvaerno3(), sa.Rodas5P()], ids=lambda m: m.name)
+def test_every_algorithm(numpy_lab, method, sensealg):
+    """The backward solve of a continuous adjoint uses the same implicit method."""
+    prob = sa.ODEProblem(field(numpy_lab.xp), U0, (T0, T1), P)
+    options = {"rtol": 1e-7, "atol": 1e-8, "saveat": np.array([0.5, 1.0])}
+    loss = lambda sol: numpy_lab.xp.sum(sol.u**2)  # noqa: E731
+    want = sa.gradient(prob, sa.Dopri8(), loss, **(options | {"rtol": 1e-10, "atol": 1e-11}))
+    got = sa.gradient(prob, method, loss, sensealg=sensealg, **options)
+    np.testing.assert_allclose(got.p, want.p, rtol=1e-5)
+    np.testing.assert_allclose(got.u0, want.u0, rtol=1e-5)
+
+
+def test_events(numpy_lab):
+    """Jumps at events, between steps of an implicit method."""
+    prob = sa.ODEProblem(field(numpy_lab.xp), U0, (T0, T1), P)
+    event = sa.Event(lambda t, u, p: u[0] - 0.3, affect=lambda t, u, p: u + 0.2)
+    loss = lambda sol: numpy_lab.xp.sum(sol.u**2)  # noqa: E731
+    a, b = (sa.gradient(prob, m, loss, events=[event], rtol=1e-8, atol=1e-9) for m in (sa.Kvaerno5(), sa.Dopri8()))
+    np.testing.assert_allclose(a.p, b.p, rtol=1e-5)
+    np.testing.assert_allclose(a.u0, b.u0, rtol=1e-5)

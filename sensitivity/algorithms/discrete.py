@@ -143,7 +143,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if run.events:
             solved = residuals._replace(log=log)
             end_state, t1_bar, nvjp, status = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
-            nvjp = nvjp + (stepper.fsal and 1 - silent)
+            nvjp = nvjp + stepper.products(0, silent)
         else:
             end_state = be.replay(back, state, log, extra)
             t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent), end.status
