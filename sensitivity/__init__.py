@@ -7,6 +7,7 @@ from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.gauss import GaussAdjoint
+from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
@@ -63,6 +64,8 @@ from .retcode import RetCode
 from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
+from .steady import SteadyStateProblem
+from .steadymethods import Newton, PseudoTransient
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
 __version__ = "0.1.0"
@@ -96,6 +99,7 @@ __all__ = [
     "Gradient",
     "GradientCheck",
     "Heun",
+    "ImplicitAdjoint",
     "ImplicitEuler",
     "ImplicitMidpoint",
     "ImpureFunctionError",
@@ -107,12 +111,14 @@ __all__ = [
     "Method",
     "Midpoint",
     "MixedFrameworksError",
+    "Newton",
     "NumericalDerivativeWarning",
     "ODEProblem",
     "OutputError",
     "PIController",
     "PresetTimes",
     "ProbeWarning",
+    "PseudoTransient",
     "QuadratureAdjoint",
     "RecursiveCheckpointAdjoint",
     "RetCode",
@@ -127,6 +133,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "SteadyStateProblem",
     "TimesError",
     "ToleranceError",
     "TracingError",

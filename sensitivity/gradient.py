@@ -66,6 +66,9 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     if not (callable(loss) or isinstance(loss, Assembled)):
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
+    if not hasattr(prob, "tspan") and (timed := {"t0", "t1", "saveat"} & set(names)):
+        raise InputError(f"wrt holds {min(timed)!r}, but a {type(prob).__name__} has no times",
+                         "nothing can be differentiated", "wrt='p'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
     if wrt is None and not x.theta:
         names = ("u0",)
@@ -153,6 +156,8 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     if bar.mismatch is not None:
         sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
+    for name, more in zip(("njac", "nlu", "nsolve"), bar.algebra, strict=True):
+        setattr(sol.stats, name, count(be, sol.stats[name] + more))
     parts: dict[str, Any] = {"u0": (bar.u0,), "theta": bar.theta}
     parts |= {n: (be.time_vector(getattr(bar, n), x.u0),) for n in wanted - parts.keys()}
     total: dict[str, Any] = {}
