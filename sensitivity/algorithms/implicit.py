@@ -56,8 +56,8 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
 
     Only for `SteadyStateProblem`. One gradient costs two transposed solves, one of them a check, and three products
     with transposed derivatives of `f`, for any number of parameters. The gradient with respect to the guess `u0` is
-    exactly zero. On JAX also second derivatives. A singular `f_u`, or a linear solver that did not converge, is an error
-    (NaN inside `jax.jit`), never a wrong number.
+    exactly zero. On JAX also second derivatives. A singular `f_u`, or a linear solver that did not converge, is an
+    error (NaN inside `jax.jit`), never a wrong number.
 
     References: Christianson 1994, Optim. Methods Softw. 3, 311.
     """
