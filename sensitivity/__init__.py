@@ -1,5 +1,6 @@
 """Gradients through differential equations: one API for NumPy/SciPy, JAX and PyTorch."""
 
+from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
 from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
@@ -148,6 +149,10 @@ __all__ = [
     "auto",
     "check_gradient",
     "forward_sensitivities",
+    "from_odeint",
+    "from_sciml",
+    "from_scipy",
+    "from_torchdiffeq",
     "gradient",
     "hessian",
     "hessian_vector_product",
