@@ -60,6 +60,7 @@ from .methods import (
     Trapezoid,
     Tsit5,
 )
+from .objective import objective
 from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
@@ -156,5 +157,6 @@ __all__ = [
     "gradient",
     "hessian",
     "hessian_vector_product",
+    "objective",
     "solve",
 ]

@@ -85,7 +85,7 @@ def test_torchdiffeq(lab):
         layer = Layer(1, 1, bias=False, dtype=torch.float64)
         sol = sa.solve(sa.ODEProblem(sa.from_torchdiffeq(layer), lab.array([1.0]), (0.0, 2.0)), sa.Tsit5(), rtol=1e-8)
         sol.u.sum().backward()
-        assert float(layer.weight.grad) == pytest.approx(2.0 * float(sol.u[0, 0]), rel=1e-6)
+        assert layer.weight.grad.item() == pytest.approx(2.0 * sol.u.item(), rel=1e-6)
 
 
 def test_equal_functions_make_equal_fields():
