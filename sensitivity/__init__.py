@@ -17,6 +17,7 @@ from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
 from .control import FixedStep, PIController
 from .costs import ContinuousCost, DiscreteCost
+from .ensemble import EnsembleProblem
 from .errors import (
     BackendMissingError,
     BrokenGradientError,
@@ -89,6 +90,7 @@ __all__ = [
     "DiscreteCost",
     "Dopri5",
     "Dopri8",
+    "EnsembleProblem",
     "Euler",
     "Event",
     "FiniteDifferenceVJP",

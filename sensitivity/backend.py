@@ -186,9 +186,27 @@ class Backend(Lookback, Loops):
         """`factorize(sigma I - J)` for a SciPy sparse matrix `J`; only where `sparse_lu` holds."""
         raise NotImplementedError
 
+    # -- ensembles and processes ------------------------------------------------------------------------------
+
+    def members(self, one: Callable, rows: list[Array]) -> Any:
+        """`one(i, [row_i of each array])`, solutions or gradients, for every i; as one, with the members in front.
+
+        A tracing backend may call `one(None, rows)` once for all.
+        """
+        from .ensemble import stacked
+
+        return stacked(self, [one(i, [x[i, ...] for x in rows]) for i in range(rows[0].shape[0])])
+
     def host(self, x: Array) -> Any:
-        """Values as a NumPy array, where `sparse_lu` holds."""
-        raise NotImplementedError
+        """Values as a NumPy array, if they can be had; else `x`."""
+        return x
+
+    def setup(self) -> Any:
+        """Settings of the framework that results depend on, in a form that pickles; `restore` puts them in force."""
+        return None
+
+    def restore(self, setup: Any) -> None:
+        """Put the settings of another process in force."""
 
     # -- running ----------------------------------------------------------------------------------------------
 

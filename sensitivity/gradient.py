@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from . import ensemble
 from .algorithms.base import Aux, Cotangents, Outputs, fractions
 from .algorithms.carried import carrying
 from .assembled import Assembled, assemble
 from .choose import auto, choose
 from .costs import Cost
+from .ensemble import EnsembleProblem
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
 from .jacobian import sizes
@@ -38,6 +40,9 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
         A real scalar function of the `Solution`, or a cost given by its derivatives or its integrand. For a sum, or
         for a cost, the solution that is shown (to a callable too) has the rows of `saveat`; without `saveat`, the end
         where a callable or only a running cost asks for it, else the times of the `DiscreteCost`.
+        As for `solve`; with an `EnsembleProblem` there is one loss, and one gradient, for each member.
+    loss : callable
+        A real scalar function of the `Solution`.
     wrt : str or tuple of str, optional
         Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional
@@ -64,6 +69,15 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     if isinstance(loss, Cost):
         return _of_cost(prob, alg, loss, wrt, names, sensealg, dloss, on_failure, options)
     if not (callable(loss) or isinstance(loss, Assembled)):
+    if isinstance(prob, EnsembleProblem):
+        return ensemble.run(gradient, prob, (alg, loss),
+                            {**options, "wrt": wrt, "sensealg": sensealg, "dloss": dloss, "on_failure": on_failure})
+    names = ("u0", "p") if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in NAMES:
+            raise InputError(f"wrt holds {name!r}", "a problem has no such part",
+                             f"choose from {', '.join(NAMES)}")
+    if loss is None or not callable(loss):
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
     if not hasattr(prob, "tspan") and (timed := {"t0", "t1", "saveat"} & set(names)):

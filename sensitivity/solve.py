@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from . import steady
+from . import ensemble, steady
 from .algorithms.base import Aux, Outputs, SensitivityAlgorithm
 from .algorithms.carried import carrying
 from .choose import auto, choose
 from .dense import DenseOutput, LaterOutput
+from .ensemble import EnsembleProblem
 from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
 from .integrate import Run
 from .prepare import prepare
@@ -26,7 +27,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
 
     Parameters
     ----------
-    prob : ODEProblem or SteadyStateProblem
+    prob : ODEProblem, SteadyStateProblem or EnsembleProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
         ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. Steady states: `Newton()
@@ -57,10 +58,13 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         What a failed solve does; inside `jit` and `vmap`, where nothing can be raised, outputs are NaN.
     probe : "raise", "warn" or "off"
         The first-call check of `f`.
+    executor : concurrent.futures.Executor, optional
+        For an `EnsembleProblem`: spread its members, `chunk` at a time, over other threads or processes.
 
     Returns
     -------
     Solution
+        Of an ensemble: everything in it has an axis for the members in front.
 
     Raises
     ------
@@ -69,6 +73,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     InputError, TimesError, ToleranceError, UnsupportedCombination
         An argument is wrong; nothing was computed.
     """
+    if isinstance(prob, EnsembleProblem):
+        return ensemble.run(solve, prob, (alg,), {**options, "sensealg": sensealg, "on_failure": on_failure})
     if on_failure not in ("raise", "nan", "return"):
         raise InputError(f"on_failure={on_failure!r} is none of the possible values",
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")

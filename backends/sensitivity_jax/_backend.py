@@ -197,6 +197,19 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         factors = jax.scipy.linalg.lu_factor(A)
         return lambda b, transposed=False: jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
 
+    def members(self, one, rows):
+        return jax.vmap(lambda rows: one(None, rows))(rows)
+
+    def host(self, x):
+        return np.asarray(x)
+
+    def setup(self):
+        return bool(jax.config.jax_enable_x64)
+
+    def restore(self, setup):
+        if bool(jax.config.jax_enable_x64) != setup:
+            jax.config.update("jax_enable_x64", setup)
+
     def linear_solve(self, apply, transposed, b, solver):
         return lax.custom_linear_solve(apply, b, solver, lambda _, b: solver(transposed, b))
 

@@ -221,6 +221,12 @@ class TorchBackend(Backend):
     def host(self, x):
         return x.detach().cpu().numpy()
 
+    def setup(self):
+        return torch.get_default_dtype()
+
+    def restore(self, setup):
+        torch.set_default_dtype(setup)
+
     # -- derivatives ----------------------------------------------------------------------------------------------
 
     def quiet(self):
