@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError, SensitivityError, SolveError, UnsupportedCombination
-from .integrate import RetCode
 from .problems import ODEProblem
 from .registry import registry
+from .retcode import RetCode
 from .solution import Gradient, Solution, Stats
 from .steady import SteadyStateProblem
 

@@ -165,8 +165,8 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
     rtol, atol = _tolerances(be, rtol, atol, u0.dtype, layout, u0)
     limit = max_steps or MAX_ITERATIONS
     run = Run(
-        be=be, backend=be.name, field=Field(f, layout, partition, len(captured)), method=method, controller=None, vjp=None,
-        products=UserProducts(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=None, dense=False, dt=None,
+        be=be, backend=be.name, field=Field(f, layout, partition, len(captured)), method=method, controller=None,
+        vjp=None, products=UserProducts(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=None, dense=False, dt=None,
         dtmin=None, dtmax=None, tstops=(), max_steps=limit, capacity=limit, norm=norm, progress=None,
         kind=SteadyState(_pattern(be, prob, t, u_tree, p_tree, layout.size)),
     )

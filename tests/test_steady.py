@@ -457,6 +457,19 @@ def test_autograd():
     np.testing.assert_allclose(g, [1.0 / 12.0 * 1.5, -0.5], rtol=1e-11)
 
 
+def test_autograd_says_when_a_system_is_singular():
+    autograd = pytest.importorskip("autograd")
+    anp = autograd.numpy
+
+    def loss(p):
+        prob = sa.SteadyStateProblem(lambda t, u, p: anp.stack([p * u[1] - u[0], u[0] - p * u[1]]),
+                                     np.array([1.0, 0.0]), p)
+        return sa.solve(prob, sa.PseudoTransient()).u[0, 0]
+
+    with pytest.raises(sa.SolveError, match="not isolated"):
+        autograd.grad(loss)(2.0)
+
+
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
