@@ -15,6 +15,7 @@ from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
+from .citation import citation
 from .control import FixedStep, PIController
 from .costs import ContinuousCost, DiscreteCost
 from .ensemble import EnsembleProblem
@@ -152,6 +153,7 @@ __all__ = [
     "auto",
     "check_gradient",
     "forward_sensitivities",
+    "citation",
     "from_odeint",
     "from_sciml",
     "from_scipy",

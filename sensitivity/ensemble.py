@@ -89,6 +89,11 @@ class EnsembleProblem:
         be = backend(self)
         return self.prob.remake(**_taken(be, self.varied(), lambda x: x[i, ...]))
 
+    def _repr_html_(self) -> str:
+        from .report import problem_html
+
+        return problem_html(self)
+
     @property
     def given(self) -> tuple[str, ...]:
         """What differs between members."""
@@ -127,7 +132,8 @@ def backend(ensemble: EnsembleProblem, name: str | None = None) -> Any:
 def run(task: Callable[..., Any], ensemble: EnsembleProblem, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """`task(prob, *args, **options)` for every member, results with the members in front.
 
-    `task` is `solve` or `gradient`; `executor` and `chunk` are taken out of the options.
+    `task` is `solve` or `gradient`; `executor` and `chunk` are taken out of the options. Events happen in each member,
+    but `sol.events`, whose length differs, is not kept.
 
     Raises
     ------
@@ -201,13 +207,13 @@ def _bare(result: Any) -> Any:
     """A solution without what belongs to one member only."""
     if isinstance(result, Gradient):
         return dataclasses.replace(result, solution=_bare(result.solution))
-    return dataclasses.replace(result, prob=None, dense=None)
+    return dataclasses.replace(result, prob=None, dense=None, events=None)
 
 
 def _check(be: Any, sol: Any) -> None:
     """Raise for a member that failed where nothing could be raised, in a batch."""
     for i, code in enumerate(be.concrete_times(sol.retcode) or ()):
-        if code != RetCode.Success:
+        if code not in (RetCode.Success, RetCode.Terminated):
             raise SolveError(f"member {i} of the ensemble failed: {RetCode(int(code)).name}", "its results are NaN",
                              f"sa.solve(ensemble.member({i}), ...) says more; or on_failure='nan'", RetCode(int(code)),
                              None, sol)

@@ -82,6 +82,11 @@ class SteadyStateProblem:
                                  "only fields can change", f"the fields are {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
+    def _repr_html_(self) -> str:
+        from .report import problem_html
+
+        return problem_html(self)
+
 
 @dataclass(frozen=True)
 class SteadyState:
