@@ -65,19 +65,13 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     SolveError
         The forward or the reverse solve failed.
     """
+    if isinstance(prob, EnsembleProblem):
+        return ensemble.run(gradient, prob, (alg, loss),
+                            {**options, "wrt": wrt, "sensealg": sensealg, "dloss": dloss, "on_failure": on_failure})
     names = checked_names(wrt)
     if isinstance(loss, Cost):
         return _of_cost(prob, alg, loss, wrt, names, sensealg, dloss, on_failure, options)
     if not (callable(loss) or isinstance(loss, Assembled)):
-    if isinstance(prob, EnsembleProblem):
-        return ensemble.run(gradient, prob, (alg, loss),
-                            {**options, "wrt": wrt, "sensealg": sensealg, "dloss": dloss, "on_failure": on_failure})
-    names = ("u0", "p") if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name in names:
-        if name not in NAMES:
-            raise InputError(f"wrt holds {name!r}", "a problem has no such part",
-                             f"choose from {', '.join(NAMES)}")
-    if loss is None or not callable(loss):
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
     if not hasattr(prob, "tspan") and (timed := {"t0", "t1", "saveat"} & set(names)):
@@ -141,6 +135,9 @@ def checked_names(wrt: Any) -> tuple[str, ...]:
 def _of_cost(prob: Any, alg: Any, cost: Cost, wrt: Any, names: tuple[str, ...], sensealg: Any, dloss: Any,
              on_failure: str, options: dict[str, Any]) -> Gradient:
     """The cost as a loss of a solve that saves what it needs."""
+    if not hasattr(prob, "tspan"):
+        raise UnsupportedCombination(f"{type(cost).__name__} does not go with a {type(prob).__name__}",
+                                     "it is a sum or an integral over time", "loss= as a function of the solution")
     by_ad = through_ad(prob, sensealg, names)
     run, x = prepare_options(prob, alg, options, by_ad)
     if "saveat" in names and run.saves != "ts":

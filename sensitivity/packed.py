@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from .algorithms.carried import carrying
 from .algorithms.forward import ForwardSensitivity
 from .choose import auto, choose
 from .errors import InputError, UnsupportedCombination
 from .gradient import gradient, loss_cotangent
+from .hessians import hessian_vector_product
 from .probe import through_ad
 from .problems import ODEProblem
 from .registry import registry
-from .solve import checked, finished, prepare_options, solve, warn_numerical
+from .retcode import RetCode
+from .solve import checked, finished, prepare_options, reverse_failure, solve, warn_numerical
 from .system import Partition
 
 
@@ -112,15 +115,21 @@ class Objective:
         return self._keep("both", x, (float(r.value), g))
 
     def hessp(self, x: Any, v: Any) -> Any:
-        """Not available: it needs second derivatives.
+        """The second derivative of the loss times a vector, `(m,)`; see `hessian_vector_product`.
 
         Raises
         ------
         UnsupportedCombination
-            Always.
+            The algorithm, or this kind of problem, has no second derivatives.
         """
-        raise UnsupportedCombination("hessp is not available", "no second derivatives of a solve are made here",
-                                     "a method that needs gradients only: minimize(..., jac=True, method='L-BFGS-B')")
+        self._needs(self.loss, "loss")
+        trees = self._trees(v)
+        direction = trees[self.wrt[0]] if len(self.wrt) == 1 else tuple(trees[n] for n in self.wrt)
+        options = {k: v for k, v in self.options.items() if k != "on_failure"}
+        out = hessian_vector_product(self.problem(x), self.alg, self.loss, direction, wrt=self.wrt,
+                                     sensealg=self.sensealg, **options)
+        parts = (out,) if len(self.wrt) == 1 else out
+        return np.concatenate([part.of(tree) for part, tree in zip(self.parts, parts, strict=True)])
 
     def residuals(self, x: Any) -> Any:
         """The residuals as one vector, for `least_squares(obj.residuals, obj.x0, jac=obj.residuals_jac)`."""
@@ -147,7 +156,8 @@ class Objective:
         on_failure = self.options.get("on_failure", "raise")
         sensealg = self.sensealg
         if sensealg is auto and isinstance(prob, ODEProblem) and self.x0.shape[0] <= self.residuals(x).shape[0]:
-            sensealg = ForwardSensitivity()  # a row then costs a product, not a reverse solve
+            if not self.options.get("events"):
+                sensealg = ForwardSensitivity()  # a row then costs a product, not a reverse solve
         run, inputs = prepare_options(prob, self.alg, options, through_ad(prob, sensealg, self.wrt))
         algorithm, run = choose(run, inputs, checked(sensealg))
         if not algorithm.boundary:
@@ -155,7 +165,8 @@ class Objective:
                                          "sensealg=ForwardSensitivity() or auto")
         warn_numerical(algorithm)
         wanted = frozenset("theta" if n == "p" else n for n in self.wrt)
-        out, aux, kept = run.be.run(algorithm, "forward", run, (inputs,), wanted)
+        worker = carrying(algorithm, run)
+        out, aux, kept = run.be.run(worker, "forward", run, (inputs,), wanted)
         sol, out = finished(prob, run, inputs, algorithm, out, aux, on_failure)
         values = self._flat(self.of_residuals(sol))
         rows = []
@@ -164,9 +175,9 @@ class Objective:
                 return self._vector(self.of_residuals(sol))[i]
 
             _, ct, direct = loss_cotangent(prob, run, inputs, algorithm, out, aux, entry, None, sol, wanted)
-            bar = run.be.run(algorithm, "reverse", run, (kept, ct), wanted)
-            if run.be.concrete(bar.status) and on_failure == "raise":
-                raise algorithm.reverse_failure(bar.status, sol)
+            bar = run.be.run(worker, "reverse", run, (kept, ct), wanted)
+            if (code := run.be.concrete(bar.status)) and on_failure == "raise":
+                raise reverse_failure(algorithm, RetCode(int(code)), sol)
             row = []
             for part in self.parts:
                 name = "theta" if part.name == "p" else part.name

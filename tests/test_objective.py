@@ -107,12 +107,36 @@ def test_without_autograd_the_derivative_of_the_loss_is_taken():
     assert g == pytest.approx(-np.exp(-0.5), rel=1e-7)
 
 
+def test_second_derivatives(lab):
+    """Against the closed form of d2/du0 dc and d2/dc2 of sum u^2 at k = 1: u = c + (u0 - c) e^-t."""
+    prob, _ = decay(lab)
+    obj = sa.objective(prob, sa.Tsit5(), lambda sol: (sol.u**2).sum(), saveat=lab.array(TIMES), rtol=1e-8,
+                       wrt=("u0", "p"))
+    e = np.exp(-TIMES)
+    got = obj.hessp(obj.x0, np.array([0.0, 1.0, 0.0]))
+    np.testing.assert_allclose(got[:2], [2.0 * (e * (1.0 - e)).sum(), 2.0 * ((1.0 - e) ** 2).sum()], rtol=1e-6)
+
+
+def test_events_that_change_parameters(numpy_lab):
+    """A dose at t = 1 doubles the rate: rows through the jump, as by differences."""
+    prob, _ = decay(numpy_lab)
+    doubled = sa.PresetTimes([1.0], lambda t, u, p: (u, {**p, "k": 2.0 * p["k"]}))
+    obj = sa.objective(prob, sa.Tsit5(), residuals=lambda sol: sol.u[:, 0], saveat=TIMES[2:4] + 0.05, events=[doubled],
+                       rtol=1e-10, atol=1e-12)
+    J, e = obj.residuals_jac(obj.x0), 1e-5
+    for j in range(2):
+        d = e * np.eye(2)[j]
+        difference = (obj.residuals(obj.x0 + d) - obj.residuals(obj.x0 - d)) / (2 * e)
+        np.testing.assert_allclose(J[:, j], difference, rtol=1e-7)
+
+
 def test_what_is_refused(numpy_lab):
     prob, _ = decay(numpy_lab)
     loss = lambda sol: (sol.u**2).sum()  # noqa: E731
     obj = sa.objective(prob, None, loss)
-    with pytest.raises(sa.UnsupportedCombination, match="hessp"):
-        obj.hessp(obj.x0, obj.x0)
+    steady = sa.SteadyStateProblem(lambda t, u, p: p - u, np.ones(1), np.ones(1))
+    with pytest.raises(sa.UnsupportedCombination, match="SteadyStateProblem"):
+        sa.objective(steady, None, loss).hessp(np.ones(1), np.ones(1))
     with pytest.raises(sa.InputError, match="shape"):
         obj.fun(np.ones(5))
     with pytest.raises(sa.InputError, match="residuals="):

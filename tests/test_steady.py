@@ -567,6 +567,14 @@ def test_methods_keep_to_their_problems(alg):
         sa.solve(steady, type(alg))
 
 
+def test_costs_over_time_are_refused(lab):
+    prob = brusselator(lab)
+    for cost in (sa.ContinuousCost(lambda t, u, p: u["x"]), sa.DiscreteCost([1.0], g=lambda u, p, t, i: u["x"],
+                                                                            dgdu=lambda u, p, t, i: u)):
+        with pytest.raises(sa.UnsupportedCombination, match="over time"):
+            sa.gradient(prob, None, cost)
+
+
 def test_linear_solvers_that_do_not_fit(lab):
     prob, _ = chain(lab, 5)
     for make in (sa.Newton, sa.PseudoTransient, sa.ImplicitAdjoint):
