@@ -39,6 +39,9 @@ REFERENCES = {
     "kelley1998":
         "C. T. Kelley, D. E. Keyes: Convergence analysis of pseudo-transient continuation. SIAM J. Numer. Anal. "
         "35 (1998) 508-523.",
+    "kidger2021":
+        "P. Kidger, R. T. Q. Chen, T. Lyons: \"Hey, that's not an ODE\": faster ODE adjoints via seminorms. "
+        "International Conference on Machine Learning (2021).",
     "kim2021":
         "S. Kim, W. Ji, S. Deng, Y. Ma, C. Rackauckas: Stiff neural ordinary differential equations. Chaos 31 "
         "(2021) 093122.",

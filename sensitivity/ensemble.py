@@ -253,6 +253,8 @@ def _trees(be: Any, trees: list[Any], join: str) -> Any:
 
 
 def _counts(be: Any, counts: list[Any], join: str) -> Any:
+    if any(v is None for v in counts):
+        return None
     return getattr(be.xp, join)([be.asarray(int(v) if isinstance(v, int) else v) for v in counts])
 
 
