@@ -132,7 +132,7 @@ def paired(algorithm: Any, run: Run, x: Inputs, d: Tangents) -> tuple[Run, Input
     """The run of state and tangent along the one direction `d`."""
     be, xp, n = run.be, run.be.xp, x.u0.shape[0]
     layout = Layout(be.flatten(x.u0)[1], ((2 * n,),))
-    field = TangentField(run.field.f, layout, run.field.p, run.field.captured, run)
+    field = TangentField(run.field.f, layout, run.field.p, run.field.captured, run=run)
     norm = (FirstPart if algorithm.exact else WorstPart)(be.differentiable(), n, run.norm)
     direction = tuple(v[0, ...] for v in d.theta)
     rtol, atol = (xp.concat([v, v]) if getattr(v, "ndim", 0) else v for v in (x.rtol, x.atol))

@@ -62,7 +62,7 @@ class SteadyStateMethod(Method):
     def __post_init__(self) -> None:
         check_choice(self.name, self.linear_solver)
 
-    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None) -> Stepper:
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
         raise UnsupportedCombination(f"{self.name} does not integrate in time", "it solves f(inf, u, p) = 0",
                                      "SteadyStateProblem(f, u0, p), or alg=Tsit5()")
 

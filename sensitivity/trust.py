@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from .integrate import Run, span
+from .jacobian import sizes
 from .system import Inputs
-from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP, sizes
+from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
 
 ENTRYWISE = 256
 

@@ -16,7 +16,7 @@ SOLVERS = ["dense", "sparse", "krylov"]
 
 
 def usable(lab, solver):
-    return solver != "sparse" or lab.be.sparse
+    return solver != "sparse" or lab.be.sparse_lu
 
 
 # -- closed forms -------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_ten_thousand_without_a_matrix(lab):
 
 
 def test_ten_thousand_sparse(lab):
-    if not lab.be.sparse:
+    if not lab.be.sparse_lu:
         pytest.skip(f"{lab.name} has no sparse factorisation; the refusal has a test of its own")
     r = check_chain(lab, 10_000, jac_sparsity=pattern(10_000))
     assert r.stats.njac == r.stats.nlu > 0
@@ -584,7 +584,7 @@ def test_linear_solvers_that_do_not_fit(lab):
         sa.solve(prob, sa.Newton("sparse"))
     with pytest.raises(sa.UnsupportedCombination, match="sparse"):
         sa.solve(prob, sensealg=sa.ImplicitAdjoint("sparse"))
-    if lab.be.sparse:
+    if lab.be.sparse_lu:
         given = prob.remake(jac=lambda t, u, p: csc_array(np.eye(5)))
         with pytest.raises(sa.UnsupportedCombination, match="sparse jac"):
             sa.solve(given, sa.Newton("dense"))
