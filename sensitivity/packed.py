@@ -17,8 +17,9 @@ from .probe import through_ad
 from .problems import ODEProblem
 from .registry import registry
 from .retcode import RetCode
-from .solve import checked, finished, prepare_options, reverse_failure, solve, warn_numerical
+from .solve import checked, finished, prepare_options, solve, warn_numerical
 from .system import Partition
+from .verdict import reverse_failure
 
 
 class Part:
