@@ -1,5 +1,6 @@
 """Gradients through differential equations: one API for NumPy/SciPy, JAX and PyTorch."""
 
+from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
 from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
@@ -7,14 +8,17 @@ from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.gauss import GaussAdjoint
+from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
+from .citation import citation
 from .control import FixedStep, PIController
 from .costs import ContinuousCost, DiscreteCost
+from .ensemble import EnsembleProblem
 from .errors import (
     BackendMissingError,
     BrokenGradientError,
@@ -58,11 +62,14 @@ from .methods import (
     Trapezoid,
     Tsit5,
 )
+from .objective import objective
 from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
+from .steady import SteadyStateProblem
+from .steadymethods import Newton, PseudoTransient
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
 __version__ = "0.1.0"
@@ -84,6 +91,7 @@ __all__ = [
     "DiscreteCost",
     "Dopri5",
     "Dopri8",
+    "EnsembleProblem",
     "Euler",
     "Event",
     "FiniteDifferenceVJP",
@@ -96,6 +104,7 @@ __all__ = [
     "Gradient",
     "GradientCheck",
     "Heun",
+    "ImplicitAdjoint",
     "ImplicitEuler",
     "ImplicitMidpoint",
     "ImpureFunctionError",
@@ -107,12 +116,14 @@ __all__ = [
     "Method",
     "Midpoint",
     "MixedFrameworksError",
+    "Newton",
     "NumericalDerivativeWarning",
     "ODEProblem",
     "OutputError",
     "PIController",
     "PresetTimes",
     "ProbeWarning",
+    "PseudoTransient",
     "QuadratureAdjoint",
     "RecursiveCheckpointAdjoint",
     "RetCode",
@@ -127,6 +138,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Stats",
+    "SteadyStateProblem",
     "TimesError",
     "ToleranceError",
     "TracingError",
@@ -140,9 +152,15 @@ __all__ = [
     "adjoint_sensitivities",
     "auto",
     "check_gradient",
+    "citation",
     "forward_sensitivities",
+    "from_odeint",
+    "from_sciml",
+    "from_scipy",
+    "from_torchdiffeq",
     "gradient",
     "hessian",
     "hessian_vector_product",
+    "objective",
     "solve",
 ]

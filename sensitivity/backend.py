@@ -36,6 +36,7 @@ class Backend(Lookback, Loops):
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
     sparse : whether Jacobians may be sparse matrices.
+    sparse_lu : whether `factorize_sparse` is there.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
     holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
@@ -48,6 +49,7 @@ class Backend(Lookback, Loops):
     holds_numpy = False
     sparse = False
     attaches = False
+    sparse_lu = False
     complex = True
     how_to_get_ad = ""
     namespace, array_call, copy_call = "xp", "xp.asarray", "copy"
@@ -158,6 +160,54 @@ class Backend(Lookback, Loops):
         """`x`, or NaN everywhere (its derivatives too) if the scalar `bad` holds."""
         return x * math.nan if bad else x
 
+    # -- linear systems ---------------------------------------------------------------------------------------
+
+    def factorize(self, A: Array) -> Callable[..., Array]:
+        """`solve(b, transposed=False)` for `A x = b` or `A^T x = b`; `b` is one vector or a row for each.
+
+        NaN where `A` is singular: nothing is raised, since nothing can be raised where values are traced.
+        """
+
+        def solve(b: Array, transposed: bool = False) -> Array:
+            try:
+                x = self.xp.linalg.solve(A.T if transposed else A, b if b.ndim == 1 else b.T)
+            except Exception:  # the standard leaves open what a singular matrix raises
+                return b * math.nan
+            return x if b.ndim == 1 else x.T
+
+        return solve
+
+    def linear_solve(self, apply: Callable, transposed: Callable, b: Array, solver: Callable) -> Array:
+        """`solver(apply, b)`; a backend whose AD runs through it says here that it solves a linear system."""
+        del transposed
+        return solver(apply, b)
+
+    def factorize_sparse(self, J: Any, sigma: Scalar, like: Array) -> Callable[..., Array]:
+        """`factorize(sigma I - J)` for a SciPy sparse matrix `J`; only where `sparse_lu` holds."""
+        raise NotImplementedError
+
+    # -- ensembles and processes ------------------------------------------------------------------------------
+
+    def members(self, one: Callable, rows: list[Array]) -> Any:
+        """`one(i, [row_i of each array])`, solutions or gradients, for every i; as one, with the members in front.
+
+        A tracing backend may call `one(None, rows)` once for all.
+        """
+        from .ensemble import stacked
+
+        return stacked(self, [one(i, [x[i, ...] for x in rows]) for i in range(rows[0].shape[0])])
+
+    def host(self, x: Array) -> Any:
+        """Values as a NumPy array, if they can be had; else `x`."""
+        return x
+
+    def setup(self) -> Any:
+        """Settings of the framework that results depend on, in a form that pickles; `restore` puts them in force."""
+        return None
+
+    def restore(self, setup: Any) -> None:
+        """Put the settings of another process in force."""
+
     # -- running ----------------------------------------------------------------------------------------------
 
     def run(self, algorithm: Any, name: str, run: Any, args: tuple[Any, ...], wanted: frozenset[str]) -> Any:
@@ -257,11 +307,6 @@ class Backend(Lookback, Loops):
         """A matrix as NumPy numbers if they are known now, else None."""
         rows = [self.concrete_times(A[i, :]) for i in range(A.shape[0])]
         return None if None in rows else _numbers(rows)
-
-    def factorize(self, A: Array) -> Callable[..., Array]:
-        """`solve(b, transposed=False)` for `A x = b` or `A^T x = b`; `b` is one vector or a row for each."""
-        inverse = self.xp.linalg.inv(A)
-        return lambda b, transposed=False: b @ (inverse if transposed else inverse.T)
 
     def loss_vjp(self, loss: Callable, args: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]] | None:
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""

@@ -41,7 +41,8 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
     """
     because: tuple[str, ...] = ()
     if sensealg is auto:
-        sensealg, reason = _algorithm(run)
+        suggested = getattr(run.kind, "suggested", None)
+        sensealg, reason = _algorithm(run) if suggested is None else suggested()
         because = (reason,)
     elif sensealg.exact and not run.method.one_step:
         raise UnsupportedCombination(f"{sensealg.name} cannot differentiate {run.method.name}",

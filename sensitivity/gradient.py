@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from . import ensemble
 from .algorithms.base import Aux, Cotangents, Outputs, fractions
 from .algorithms.carried import carrying
 from .assembled import Assembled, assemble
 from .choose import auto, choose
 from .costs import Cost
+from .ensemble import EnsembleProblem
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .integrate import Run
 from .jacobian import sizes
@@ -38,6 +40,9 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
         A real scalar function of the `Solution`, or a cost given by its derivatives or its integrand. For a sum, or
         for a cost, the solution that is shown (to a callable too) has the rows of `saveat`; without `saveat`, the end
         where a callable or only a running cost asks for it, else the times of the `DiscreteCost`.
+        As for `solve`; with an `EnsembleProblem` there is one loss, and one gradient, for each member.
+    loss : callable
+        A real scalar function of the `Solution`.
     wrt : str or tuple of str, optional
         Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional
@@ -60,12 +65,18 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     SolveError
         The forward or the reverse solve failed.
     """
+    if isinstance(prob, EnsembleProblem):
+        return ensemble.run(gradient, prob, (alg, loss),
+                            {**options, "wrt": wrt, "sensealg": sensealg, "dloss": dloss, "on_failure": on_failure})
     names = checked_names(wrt)
     if isinstance(loss, Cost):
         return _of_cost(prob, alg, loss, wrt, names, sensealg, dloss, on_failure, options)
     if not (callable(loss) or isinstance(loss, Assembled)):
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
+    if not hasattr(prob, "tspan") and (timed := {"t0", "t1", "saveat"} & set(names)):
+        raise InputError(f"wrt holds {min(timed)!r}, but a {type(prob).__name__} has no times",
+                         "nothing can be differentiated", "wrt='p'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
     if wrt is None and not x.theta:
         names = ("u0",)
@@ -124,6 +135,9 @@ def checked_names(wrt: Any) -> tuple[str, ...]:
 def _of_cost(prob: Any, alg: Any, cost: Cost, wrt: Any, names: tuple[str, ...], sensealg: Any, dloss: Any,
              on_failure: str, options: dict[str, Any]) -> Gradient:
     """The cost as a loss of a solve that saves what it needs."""
+    if not hasattr(prob, "tspan"):
+        raise UnsupportedCombination(f"{type(cost).__name__} does not go with a {type(prob).__name__}",
+                                     "it is a sum or an integral over time", "loss= as a function of the solution")
     by_ad = through_ad(prob, sensealg, names)
     run, x = prepare_options(prob, alg, options, by_ad)
     if "saveat" in names and run.saves != "ts":
@@ -153,6 +167,8 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     if bar.mismatch is not None:
         sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)
+    for name, more in zip(("njac", "nlu", "nsolve"), bar.algebra, strict=True):
+        setattr(sol.stats, name, count(be, sol.stats[name] + more))
     parts: dict[str, Any] = {"u0": (bar.u0,), "theta": bar.theta}
     parts |= {n: (be.time_vector(getattr(bar, n), x.u0),) for n in wanted - parts.keys()}
     total: dict[str, Any] = {}

@@ -81,48 +81,56 @@ class Euler(RungeKutta):
     """Explicit Euler, order 1; fixed step."""
 
     base = tableaus.EULER
+    references = ("hairer1993",)
 
 
 class Heun(RungeKutta):
     """Explicit trapezoidal rule, order 2(1) (Hairer, Norsett, Wanner I, table II.1.1)."""
 
     base = tableaus.HEUN
+    references = ("hairer1993",)
 
 
 class Midpoint(RungeKutta):
     """Explicit midpoint rule, order 2(1) (Hairer, Norsett, Wanner I, table II.1.1)."""
 
     base = tableaus.MIDPOINT
+    references = ("hairer1993",)
 
 
 class RK4(RungeKutta):
     """The classical method of Kutta (1901), order 4; fixed step."""
 
     base = tableaus.RK4
+    references = ("kutta1901",)
 
 
 class BS3(RungeKutta):
     """Bogacki and Shampine (1989), order 3(2), cubic dense output."""
 
     base = tableaus.BS3
+    references = ("bogacki1989",)
 
 
 class Dopri5(RungeKutta):
     """Dormand and Prince (1980), order 5(4), quartic dense output."""
 
     base = tableaus.DOPRI5
+    references = ("dormand1980",)
 
 
 class Tsit5(RungeKutta):
     """Tsitouras (2011), order 5(4), quartic dense output; the default for nonstiff problems."""
 
     base = tableaus.TSIT5
+    references = ("tsitouras2011",)
 
 
 class Dopri8(RungeKutta):
     """Prince and Dormand (1981), RK8(7)13M, dense output of order 5; for tight tolerances."""
 
     base = tableaus.DOPRI8
+    references = ("prince1981",)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ class ODEProblem:
         """
         return _remade(self, changes)
 
+    def _repr_html_(self) -> str:
+        from .report import problem_html
+
+        return problem_html(self)
+
 
 @dataclass(frozen=True, eq=False)
 class DDEProblem:
@@ -142,6 +147,11 @@ class DDEProblem:
             A name is not a field of the problem.
         """
         return _remade(self, changes)
+
+    def _repr_html_(self) -> str:
+        from .report import problem_html
+
+        return problem_html(self)
 
 
 def _pair(tspan: Any) -> tuple[Any, Any]:

@@ -174,9 +174,7 @@ def refuse_second(algorithm: Any, run: Run, wanted: frozenset[str]) -> None:
     elif run.kind is not None or run.events:
         cause = "second derivatives are there for ordinary differential equations without events only"
     if cause:
-        raise UnsupportedCombination(cause, "a second one was asked for",
-                                     "sensealg=ForwardOverAdjoint(), saveat= and derivatives in u0 and p; or "
-                                     "DirectAdjoint()")
+        raise UnsupportedCombination(cause, "a second one was asked for", algorithm.twice)
 
 
 def warn_differences(run: Run) -> None:

@@ -128,6 +128,35 @@ class Solution:
 
         return plot_solution(self, ax)
 
+    def to_frame(self) -> Any:
+        """A pandas `DataFrame`: one column per component, indexed by time.
+
+        Raises
+        ------
+        BackendMissingError
+            pandas is not installed.
+        """
+        from .report import to_frame
+
+        return to_frame(self)
+
+    def to_xarray(self) -> Any:
+        """An xarray `Dataset`: one variable per leaf of the state, with dimension `time`, after `member` in ensembles.
+
+        Raises
+        ------
+        BackendMissingError
+            xarray is not installed.
+        """
+        from .report import to_xarray
+
+        return to_xarray(self)
+
+    def _repr_html_(self) -> str:
+        from .report import solution_html
+
+        return solution_html(self)
+
     def __repr__(self) -> str:
         code = self.retcode.name if isinstance(self.retcode, RetCode) else "known when the values are"
         return (f"Solution(retcode={code}, rows={len(self.t)}, alg={self.alg!r}, sensealg={self.sensealg!r}, "
@@ -151,3 +180,8 @@ class Gradient:
     solution: Solution
     stats: Stats
     sensealg: Any
+
+    def _repr_html_(self) -> str:
+        from .report import gradient_html
+
+        return gradient_html(self)

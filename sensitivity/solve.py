@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from . import ensemble, steady
 from .algorithms.base import Aux, Outputs, SensitivityAlgorithm
 from .algorithms.carried import carrying
 from .choose import auto, choose
 from .dense import DenseOutput, LaterOutput
-from .errors import InputError, NumericalDerivativeWarning, SolveError
+from .ensemble import EnsembleProblem
+from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
 from .integrate import Run
 from .prepare import prepare
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Events, Solution, Stats
+from .steadymethods import SteadyStateMethod
 from .system import Inputs
 from .vjp import FiniteDifferenceVJP
 
@@ -24,10 +27,11 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
 
     Parameters
     ----------
-    prob : ODEProblem
+    prob : ODEProblem, SteadyStateProblem or EnsembleProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
-        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given.
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. Steady states: `Newton()
+        PseudoTransient()`; the first, then the second, if not given.
     sensealg : sensitivity algorithm or auto
         How derivatives are made when they are asked for.
     saveat : None, array, int or "steps"
@@ -54,10 +58,13 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         What a failed solve does; inside `jit` and `vmap`, where nothing can be raised, outputs are NaN.
     probe : "raise", "warn" or "off"
         The first-call check of `f`.
+    executor : concurrent.futures.Executor, optional
+        For an `EnsembleProblem`: spread its members, `chunk` at a time, over other threads or processes.
 
     Returns
     -------
     Solution
+        Of an ensemble: everything in it has an axis for the members in front.
 
     Raises
     ------
@@ -66,14 +73,18 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     InputError, TimesError, ToleranceError, UnsupportedCombination
         An argument is wrong; nothing was computed.
     """
+    if isinstance(prob, EnsembleProblem):
+        return ensemble.run(solve, prob, (alg,), {**options, "sensealg": sensealg, "on_failure": on_failure})
     if on_failure not in ("raise", "nan", "return"):
         raise InputError(f"on_failure={on_failure!r} is none of the possible values",
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
-    algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches)
+    algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches or run.kind is not None)
+    if not hasattr(prob, "tspan") and run.products.jac is None:
+        warn_numerical(algorithm)
     out, aux = run.be.attach(carrying(algorithm, run), run, x)
     sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
-    if sol.dense is None:
+    if sol.dense is None and hasattr(prob, "tspan"):
         later = sensealg if algorithm.interpolates else auto
         sol.dense = LaterOutput(solve, prob, alg, {**options, "sensealg": later, "on_failure": on_failure})
     return sol
@@ -93,6 +104,11 @@ def prepare_options(prob: Any, alg: Any, options: dict[str, Any],
         if name not in KNOWN:
             fix = f"here it is called {FOREIGN[name]}" if name in FOREIGN else f"the keywords are {', '.join(KNOWN)}"
             raise TypeError(f"solve() got an unexpected keyword {name!r}; {fix}")
+    if isinstance(prob, steady.SteadyStateProblem):
+        return steady.prepare(prob, alg, wrt=wrt, **options)
+    if isinstance(alg, SteadyStateMethod):
+        raise UnsupportedCombination(f"{alg.name} cannot solve {type(prob).__name__}", "it finds steady states",
+                                     "alg=Tsit5(), or SteadyStateProblem(f, u0, p)")
     return prepare(prob, alg, wrt=wrt, **options)
 
 
@@ -158,6 +174,8 @@ def warn_numerical(algorithm: Any) -> None:
 
 def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
     """The error that says where a solve stood."""
+    if explain := getattr(run.kind, "failure", None):
+        return explain(sol, run, aux, code)
     t, h, ratio = (float(run.be.concrete(v) or 0.0) for v in (aux.t, aux.h, aux.ratio))
     t1 = sol.prob.tspan[1]
     steps = f"{int(run.be.concrete(aux.accepted) or 0)} accepted steps"

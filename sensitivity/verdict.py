@@ -18,6 +18,8 @@ def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
 
 def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:
     """The error that says why there is no gradient."""
+    if own := algorithm.reverse_failure(sol):
+        return own
     name = f"{algorithm.name} has no gradient to give: "
     what, why, fix = {
         RetCode.GrazingEvent: (name + "a condition only grazes zero", "the event's time has no derivative there",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .backend import Array
 from .errors import UnsupportedCombination
@@ -13,6 +13,7 @@ from .integrate import Run
 from .jacobian import sizes
 from .system import Inputs
 
+MATRIX = 2000  # entries of a state whose unit vectors are kept as a matrix
 Pull = Callable[[Any, Array, Array], tuple[Array, tuple[Array, ...], Any]]
 Push = Callable[[Any, Array, Array, Any], tuple[Array, Array]]
 
@@ -29,7 +30,12 @@ def _through(run: Run, x: Inputs) -> Callable[[tuple[Array, ...]], Callable]:
 
 @dataclass(frozen=True)
 class VJP:
-    """Base of the VJP choices."""
+    """Base of the VJP choices.
+
+    `transposes` says that a transposed product costs about as much as one evaluation of `f`, not one per entry of `u`.
+    """
+
+    transposes: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -83,6 +89,8 @@ class ReverseVJP(VJP):
 
 class _Columns(VJP):
     """Reverse products from forward ones: `f_x^T ct` entry by entry, one direction per input."""
+
+    transposes = False
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         be = run.be
@@ -140,11 +148,13 @@ class FiniteDifferenceVJP(VJP):
     The size of a parameter is its own (1 for a zero); that of a state entry is at least a thousandth of the largest.
     """
 
+    transposes = False
+
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         be, bound = run.be, _bound(run, x)
         xp = be.xp
         n, step = run.field.u.size, be.eps(x.u0.dtype) ** (1 / 3)
-        rhs, units = bound(x.theta), be.unit_rows(n, n, 0, x.u0)
+        rhs, units = bound(x.theta), be.unit_rows(n, n, 0, x.u0) if n <= MATRIX else None
 
         def moved(i: int, j: int) -> tuple[Any, Any, Any]:
             """The right-hand sides with entry j of leaf i moved up and down, and by how much they are apart."""
@@ -161,7 +171,7 @@ class FiniteDifferenceVJP(VJP):
         def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
             e = step * sizes(be, u, 1e-3)
             g = [xp.sum(ct * (rhs(t, u + e * unit) - rhs(t, u - e * unit))) / (2.0 * e[j])
-                 for j in range(n) for unit in (units[j, :],)]
+                 for j in range(n) for unit in (be.unit_rows(1, n, -j, u)[0, :] if units is None else units[j, :],)]
             pairs = few or (moved(i, j) for i, j in entries)
             h = [xp.sum(ct * (up(t, u) - down(t, u))) / gap for up, down, gap in pairs]
             t_bar = 0.0

@@ -84,7 +84,13 @@ def attached(algorithm, run, x):
         diff, rest = primals
         moved = tangents[0]
         wanted = tuple(n for n in names if any(not isinstance(t, SymbolicZero) for t in jax.tree.leaves(moved[n])))
-        out, aux, residuals = algorithm.forward(run, rest._replace(**diff), frozenset(wanted))
+        x = rest._replace(**diff)
+        if algorithm.closed:
+            # Of any order, because the rule uses the solve that it belongs to.
+            out, aux = call(diff, rest)
+            residuals = algorithm.residuals(run, x, out, aux)
+        else:
+            out, aux, residuals = algorithm.forward(run, x, frozenset(wanted))
         d = [jnp.zeros_like(v) if isinstance(t, SymbolicZero) else t
              for n in wanted for t, v in zip(jax.tree.leaves(moved[n]), jax.tree.leaves(diff[n]), strict=True)]
         flat, tree = jax.tree.flatten(residuals)

@@ -191,6 +191,28 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def copy(self, x):
         return x
 
+    # -- linear systems ---------------------------------------------------------------------------------------------
+
+    def factorize(self, A):
+        factors = jax.scipy.linalg.lu_factor(A)
+        return lambda b, transposed=False: jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
+
+    def members(self, one, rows):
+        return jax.vmap(lambda rows: one(None, rows))(rows)
+
+    def host(self, x):
+        return np.asarray(x)
+
+    def setup(self):
+        return bool(jax.config.jax_enable_x64)
+
+    def restore(self, setup):
+        if bool(jax.config.jax_enable_x64) != setup:
+            jax.config.update("jax_enable_x64", setup)
+
+    def linear_solve(self, apply, transposed, b, solver):
+        return lax.custom_linear_solve(apply, b, solver, lambda _, b: solver(transposed, b))
+
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, algorithm, name, run, args, wanted):
@@ -256,14 +278,6 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
 
     def shifted(self, J, c, M=None):
         return super().shifted(J, jnp.asarray(c, J.dtype), M)
-
-    def factorize(self, A):
-        factors = jax.scipy.linalg.lu_factor(A)
-
-        def solve(b, transposed=False):
-            return jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
-
-        return solve
 
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))

@@ -8,6 +8,7 @@ import numpy as np
 from array_api_compat import numpy as xp
 
 from sensitivity.backend import Backend
+from sensitivity.compressed import splu
 
 KEPT_BYTES = 2**29
 
@@ -17,7 +18,7 @@ class NumpyBackend(Backend):
     holds_numpy = True
     namespace, array_call = "np", "np.array"
     opaque = True
-    sparse = True
+    sparse = sparse_lu = True
     how_to_get_ad = " (pip install autograd, and write f with autograd.numpy)"
     xp = xp
 
@@ -166,6 +167,14 @@ class NumpyBackend(Backend):
 
         return BoxBackend()
 
+    # -- linear systems -----------------------------------------------------------------------------------------
+
+    def factorize_sparse(self, J, sigma, like):
+        return splu(J, sigma, like.dtype)
+
+    def host(self, x):
+        return np.asarray(x)
+
     # -- derivatives --------------------------------------------------------------------------------------------
 
     def vjp(self, f, theta, time, params):
@@ -227,11 +236,11 @@ class NumpyBackend(Backend):
             return _sparse.factorize(A)
         from scipy.linalg import lapack
 
-        lu, pivots, _ = lapack.dgetrf(A) if A.dtype == float else lapack.sgetrf(A)
+        lu, pivots, singular = lapack.dgetrf(A) if A.dtype == float else lapack.sgetrf(A)
         getrs = lapack.dgetrs if A.dtype == float else lapack.sgetrs
 
         def solve(b, transposed=False):
-            return getrs(lu, pivots, b.T, trans=int(transposed))[0].T
+            return b * math.nan if singular else getrs(lu, pivots, b.T, trans=int(transposed))[0].T
 
         solve.nbytes = lu.nbytes
         return solve
@@ -242,5 +251,3 @@ class NumpyBackend(Backend):
         from . import _autograd
 
         return _autograd.loss_vjp(loss, args)
-
-

@@ -108,7 +108,7 @@ def _aux_of_lanes(be, run, x, summary):
         ts = [t]
     elif isinstance(run.saves, int):
         ts = be.spread(x.t0, x.t1, fractions(run.saves))
-    return Aux(ts, t, accepted, rejected, nfe, status, ratio, h, None, tuple(algebra))
+    return Aux(ts, t, accepted, rejected, nfe, status, ratio, h, None, algebra=tuple(algebra))
 
 
 def _summary(aux, like):

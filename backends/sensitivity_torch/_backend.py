@@ -6,6 +6,7 @@ import torch
 from array_api_compat import torch as xp
 
 from sensitivity.backend import Backend
+from sensitivity.compressed import splu
 
 from . import _attach, _autodiff, _levels
 
@@ -17,7 +18,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     modes = frozenset({"reverse", "forward"})
-    attaches = True
+    attaches = sparse_lu = True
     namespace, array_call, copy_call = "torch", "torch.tensor", "clone"
     xp = xp
 
@@ -200,6 +201,32 @@ class TorchBackend(Backend):
             out = torch.addcmul(c, out, x)
         return out.expand(x.shape[0], -1)
 
+    # -- linear systems -------------------------------------------------------------------------------------------
+
+    def factorize(self, A):
+        lu, pivots, singular = torch.linalg.lu_factor_ex(A)
+
+        def solve(b, transposed=False):
+            rows = b if b.ndim == 2 else b[None]
+            x = torch.linalg.lu_solve(lu, pivots, rows.mT, adjoint=transposed).mT.reshape(b.shape)
+            return x * torch.where(singular > 0, math.nan, 1.0).to(x.dtype)
+
+        return solve
+
+    def factorize_sparse(self, J, sigma, like):
+        solve = splu(J, sigma, self.host(like).dtype)
+        return lambda b, transposed=False: torch.as_tensor(
+            solve(self.host(b), transposed), dtype=b.dtype, device=b.device)
+
+    def host(self, x):
+        return x.detach().cpu().numpy()
+
+    def setup(self):
+        return torch.get_default_dtype()
+
+    def restore(self, setup):
+        torch.set_default_dtype(setup)
+
     # -- derivatives ----------------------------------------------------------------------------------------------
 
     def quiet(self):
@@ -235,15 +262,6 @@ class TorchBackend(Backend):
 
     def jacobian(self, rhs):
         return _autodiff.jacobian(rhs)
-
-    def factorize(self, A):
-        lu, pivots, _ = torch.linalg.lu_factor_ex(A)
-
-        def solve(b, transposed=False):
-            rows = b if b.ndim == 2 else b[None]
-            return torch.linalg.lu_solve(lu, pivots, rows.mT, adjoint=transposed).mT.reshape(b.shape)
-
-        return solve
 
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)

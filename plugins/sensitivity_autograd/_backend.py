@@ -66,7 +66,7 @@ class Task:
     def reverse(self, residuals, ct, argnums, twice):
         if twice or isinstance(ct, Box):
             raise UnsupportedCombination(f"{self.algorithm.name} has no second derivatives under autograd", "",
-                                         "sensealg=DirectAdjoint(), or sa.hessian")
+                                         self.algorithm.twice)
         asked = [self.names[i - 1] for i in argnums]
         wanted = frozenset("theta" if isinstance(n, tuple) else n for n in asked)
         bar = self.algorithm.reverse(self.run, residuals, self.outputs(np.asarray(ct), np.reshape), wanted)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Scalar
-from ..errors import UnsupportedCombination
+from ..errors import SolveError, UnsupportedCombination
 from ..events import EventFunctions
 from ..integrate import Run, Span, State, evaluations, integrate, span
 from ..jacobian import of_field
@@ -36,7 +36,8 @@ class Outputs(NamedTuple):
 class Aux(NamedTuple):
     """Results without derivatives: times, counts, how and where the solve ended, dense mesh.
 
-    `events` holds which events there were, how many, and whether one ended the solve.
+    `events` holds which events there were, how many, and whether one ended the solve; `algebra` counts Jacobians,
+    factorisations and linear solves.
     """
 
     ts: Any
@@ -66,6 +67,7 @@ class Cotangents(NamedTuple):
     status: Any
     mismatch: Any = None
     drift: Any = None
+    algebra: tuple[Any, Any, Any] = (0, 0, 0)
 
 
 class Tangents(NamedTuple):
@@ -92,6 +94,9 @@ class SensitivityAlgorithm:
     boundary : whether `attach` hides the solve from the framework's AD.
     second_order : whether `reverse` needs nothing but `run.field` and `run.vjp.pullback`, so that it can be given a
         `TangentField` (see `sensitivity.second`).
+    closed : whether the results of a solve are all that its derivatives need.
+    twice : what to do where it gives no second derivatives.
+    kinds : which kinds of problems it serves: "ode", "steady".
     """
 
     vjp: Any = None
@@ -102,7 +107,11 @@ class SensitivityAlgorithm:
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False
+    closed: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
+    twice: ClassVar[str] = ("sensealg=ForwardOverAdjoint(), saveat= and derivatives in u0 and p; DirectAdjoint(); or "
+                            "sa.hessian")
+    kinds: ClassVar[frozenset[str]] = frozenset({"ode"})
     references: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -120,6 +129,10 @@ class SensitivityAlgorithm:
     def plain(self, run: Run, x: Inputs) -> tuple[Outputs, Aux]:
         """Solve without keeping anything for derivatives."""
         return outputs(run, x)
+
+    def residuals(self, run: Run, x: Inputs, out: Outputs, aux: Aux) -> Any:
+        """What `forward` keeps, made from the results of `plain`; only where `closed` holds."""
+        raise NotImplementedError
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[Outputs, Aux, Any]:
         """Solve, and keep what the derivatives in `wanted` need: `(outputs, aux, residuals)`."""
@@ -151,6 +164,10 @@ def weighed(run: Run, moved: Any, ct: Outputs) -> Array:
     terms = [xp.reshape(S, (m, -1)) @ xp.astype(xp.reshape(c, (-1,)), S.dtype)
              for S, c in zip(moved, ct, strict=True) if S is not None and c is not None]
     return sum(terms[1:], terms[0])
+
+    def reverse_failure(self, solution: Any = None) -> SolveError | None:
+        """The algorithm's own words for a reverse pass that failed, if it has any."""
+        return None
 
 
 def save_times(run: Run, x: Inputs, s: Span) -> Any:

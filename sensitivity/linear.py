@@ -1,0 +1,146 @@
+"""Linear systems with `A = sigma I - f_u(u)`: by a dense or sparse factorisation, or by products alone.
+
+Newton's method solves `A d = f`, its adjoint `A^T lam = l_u`. Each class below is one way to do both: `at(u, sigma)`
+returns `solve(b, transposed=False)`, and `jacobians`, `factorisations` say what one `at` costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .backend import Array
+from .errors import InputError, UnsupportedCombination
+from .integrate import Run
+from .krylov import gmres
+from .system import Inputs
+
+DENSE_LIMIT = 500
+SOLVERS = (None, "dense", "sparse", "krylov")
+Solve = Callable[..., Array]
+
+
+class Products:
+    """Products with `A` and its transpose at one time, by the VJP choice of the run."""
+
+    jacobians = factorisations = 0
+
+    def __init__(self, run: Run, x: Inputs, t: Any) -> None:
+        self.run, self.be, self.x, self.t = run, run.be, x, t
+        still = tuple(0.0 * v[None, ...] for v in x.theta)
+        self.still = still
+        self.push = run.vjp.pushforward(run, x, still)
+        self.pull = run.vjp.pullback(run, x, params=False)
+
+    def apply(self, u: Array, sigma: Any, v: Array) -> Array:
+        """`A v`."""
+        return sigma * v - self.push(self.t, u, v[None, :], None)[1][0, :]
+
+    def transposed(self, u: Array, sigma: Any, v: Array) -> Array:
+        """`A^T v`."""
+        return sigma * v - self.pull(self.t, u, v)[0]
+
+
+class Dense(Products):
+    """LU of the Jacobian, which is the user's `jac` or made column by column; `O(n^3)`."""
+
+    jacobians = factorisations = 1
+
+    def at(self, u: Array, sigma: Any) -> Solve:
+        be = self.be
+        n = u.shape[0]
+        eye = be.unit_rows(n, n, 0, u)
+        jac = self.run.products.jac
+        if jac is not None:
+            J = be.asarray(jac(self.t, *_arguments(self.run, self.x, u)), dtype=u.dtype)
+        else:
+            still = tuple(be.xp.concat([v] * n, axis=0) for v in self.still)
+            J = self.run.vjp.pushforward(self.run, self.x, still)(self.t, u, eye, None)[1].T
+        return be.factorize(sigma * eye - J)
+
+
+class Sparse(Products):
+    """Sparse LU; the Jacobian is the user's `jac`, or its columns are made a colour at a time."""
+
+    jacobians = factorisations = 1
+
+    def at(self, u: Array, sigma: Any) -> Solve:
+        be, run, pattern = self.be, self.run, self.run.kind.pattern
+        if run.products.jac is not None:
+            J = run.products.jac(self.t, *_arguments(run, self.x, u))
+            return be.factorize_sparse(J, sigma, u)
+        seeds = be.asarray(pattern.seeds, dtype=u.dtype, device=be.device(u))
+        still = tuple(be.xp.concat([v] * pattern.colours, axis=0) for v in self.still)
+        columns = run.vjp.pushforward(run, self.x, still)(self.t, u, seeds, None)[1]
+        return be.factorize_sparse(pattern.expand(be.host(columns)), sigma, u)
+
+
+class Krylov(Products):
+    """Restarted GMRES on products alone; nothing is stored but its basis."""
+
+    def __init__(self, run: Run, x: Inputs, t: Any, rtol: float) -> None:
+        super().__init__(run, x, t)
+        self.rtol = rtol
+
+    def at(self, u: Array, sigma: Any) -> Solve:
+        def forward(v: Array) -> Array:
+            return self.apply(u, sigma, v)
+
+        def backward(v: Array) -> Array:
+            return self.transposed(u, sigma, v)
+
+        def solver(apply: Callable, b: Array) -> Array:
+            return gmres(self.be, apply, b, self.rtol)
+
+        def solve(b: Array, transposed: bool = False) -> Array:
+            if b.ndim == 2:
+                return self.be.xp.stack([solve(b[i, :], transposed) for i in range(b.shape[0])])
+            first, second = (backward, forward) if transposed else (forward, backward)
+            return self.be.linear_solve(first, second, b, solver)
+
+        return solve
+
+
+def systems(run: Run, x: Inputs, t: Any, choice: str | None, rtol: float) -> Any:
+    """The way to solve that `choice` names, or the one that suits the problem; `rtol` is that of `Krylov`."""
+    name = choice or suggested(run)
+    if name == "krylov":
+        return Krylov(run, x, t, rtol)
+    return (Sparse if name == "sparse" else Dense)(run, x, t)
+
+
+def suggested(run: Run) -> str:
+    """Sparse where the problem says how, dense up to `DENSE_LIMIT` unknowns, else products alone."""
+    if run.kind.pattern is not None and run.be.sparse_lu:
+        return "sparse"
+    return "dense" if run.field.u.size <= DENSE_LIMIT else "krylov"
+
+
+def check_choice(owner: str, choice: Any) -> None:
+    """Refuse a `linear_solver` that does not exist."""
+    if choice not in SOLVERS:
+        raise InputError(f"{owner}(linear_solver={choice!r}) is none of the possible values",
+                         "they are None, 'dense', 'sparse', 'krylov'", f"{owner}() chooses by size and sparsity")
+
+
+def refuse_choice(run: Run, owner: str, choice: str | None) -> None:
+    """Refuse a `linear_solver` that this run cannot use."""
+    sparse_jac = run.kind.pattern is not None and run.kind.pattern.given
+    if choice == "sparse" and not run.be.sparse_lu:
+        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') is not available on {run.backend}",
+                                     "it has no sparse factorisation",
+                                     "linear_solver='krylov' or 'dense', or backend='numpy'")
+    if choice == "sparse" and run.kind.pattern is None:
+        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') needs to know where f_u is zero",
+                                     "the problem has neither jac_sparsity nor a sparse jac",
+                                     "SteadyStateProblem(..., jac_sparsity=pattern), or linear_solver='krylov'")
+    if choice == "dense" and sparse_jac:
+        raise UnsupportedCombination(f"{owner}(linear_solver='dense') cannot use a sparse jac", "it factorises arrays",
+                                     "linear_solver='sparse', or jac returning an array")
+
+
+def _arguments(run: Run, x: Inputs, u: Array) -> tuple[Any, Any]:
+    """State and parameters in the user's structures."""
+    be, field = run.be, run.field
+    state = be.unflatten(field.u.structure, field.u.unravel(be, u))
+    return state, field.p.join(be, x.theta[:field.p.count], x.constants)
