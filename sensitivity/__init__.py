@@ -1,6 +1,8 @@
 """Gradients through differential equations: one API for NumPy/SciPy, JAX and PyTorch."""
 
-from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import SensitivityAlgorithm
 from .algorithms.direct import DirectAdjoint
@@ -13,7 +15,6 @@ from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
-from .check import CheckedGradient, GradientCheck, check_gradient
 from .choose import auto
 from .citation import citation
 from .control import FixedStep, PIController
@@ -43,7 +44,6 @@ from .errors import (
 )
 from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
-from .hessians import hessian, hessian_vector_product
 from .methods import (
     BS3,
     RK4,
@@ -65,14 +65,42 @@ from .methods import (
 from .objective import objective
 from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
-from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
 from .steady import SteadyStateProblem
 from .steadymethods import Newton, PseudoTransient
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
+if TYPE_CHECKING:
+    from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
+    from .check import CheckedGradient, GradientCheck, check_gradient
+    from .hessians import hessian, hessian_vector_product
+    from .sensitivities import forward_sensitivities
+
 __version__ = "0.1.0"
+
+# Tools around a solve wait for their first use.
+_LATER = {
+    "from_odeint": "adapters",
+    "from_sciml": "adapters",
+    "from_scipy": "adapters",
+    "from_torchdiffeq": "adapters",
+    "CheckedGradient": "check",
+    "GradientCheck": "check",
+    "check_gradient": "check",
+    "hessian": "hessians",
+    "hessian_vector_product": "hessians",
+    "forward_sensitivities": "sensitivities",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "BS3",

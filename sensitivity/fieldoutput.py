@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from typing import Any
 
@@ -130,7 +129,7 @@ def swapped(f: Any, what: str, why: str) -> OutputError:
 
 def adapter(name: str) -> str:
     """Mention of a function of this library that wraps a vector field of another one."""
-    return f"; or wrap f: sa.{name}(f)" if hasattr(sys.modules[__package__], name) else ""
+    return f"; or wrap f: sa.{name}(f)"
 
 
 def leaves_of(be: Any, tree: Any) -> list[Any]:
