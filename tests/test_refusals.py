@@ -25,7 +25,6 @@ def gradient(**options):
         ({"sensealg": sa.InterpolatingAdjoint(), "saveat": "steps", "wrt": "t0"}, "RecursiveCheckpointAdjoint"),
         ({"sensealg": sa.RecursiveCheckpointAdjoint(vjp=sa.UserVJP())}, "FiniteDifferenceVJP"),
         ({"alg": sa.RK4(), "controller": sa.PIController()}, "Tsit5"),
-        ({"events": [lambda t, u, p: u[0]]}, "remake"),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else None,
 )
