@@ -11,6 +11,7 @@ from .algorithms.gauss import GaussAdjoint
 from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
+from .algorithms.reversible import ReversibleAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .check import CheckedGradient, GradientCheck, check_gradient
@@ -30,6 +31,7 @@ from .errors import (
     NumericalDerivativeWarning,
     OutputError,
     ProbeWarning,
+    ReconstructionWarning,
     SensitivityError,
     SensitivityWarning,
     SignatureError,
@@ -46,6 +48,8 @@ from .gradient import adjoint_sensitivities, gradient
 from .hessians import hessian, hessian_vector_product
 from .methods import (
     BS3,
+    EES25,
+    EES27,
     RK4,
     Dopri5,
     Dopri8,
@@ -76,6 +80,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BS3",
+    "EES25",
+    "EES27",
     "RK4",
     "VJP",
     "BackendMissingError",
@@ -125,9 +131,11 @@ __all__ = [
     "ProbeWarning",
     "PseudoTransient",
     "QuadratureAdjoint",
+    "ReconstructionWarning",
     "RecursiveCheckpointAdjoint",
     "RetCode",
     "ReverseVJP",
+    "ReversibleAdjoint",
     "Rodas5P",
     "RungeKutta",
     "ScipySolver",
