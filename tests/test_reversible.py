@@ -539,6 +539,10 @@ def test_what_it_does_not_go_with(numpy_lab):
         with pytest.raises(sa.UnsupportedCombination, match=cause) as e:
             sa.ReversibleAdjoint().refuse(changed)
         assert "RecursiveCheckpointAdjoint" in str(e.value)
+    for events in (sa.Event(lambda t, u, p: u[0] - 0.5), sa.PresetTimes([0.5], lambda t, u, p: 2.0 * u)):
+        with pytest.raises(sa.UnsupportedCombination, match="events") as e:
+            sa.solve(prob, sa.Tsit5(), events=events, sensealg=sa.ReversibleAdjoint())
+        assert "RecursiveCheckpointAdjoint" in str(e.value)
     with pytest.raises(sa.UnsupportedCombination):
         sa.solve(prob.remake(mass_matrix=np.diag([1.0, 1.0, 0.0])), sa.Tsit5(), sensealg=sa.ReversibleAdjoint())
 
