@@ -74,7 +74,8 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
     UnsupportedCombination
         Implicit methods, `dense=True`, and problems that are not an ordinary differential equation.
     SolveError
-        With `RetCode.Unstable`: in the solve, the two solutions of the pair came apart, as on a contracting problem they do.
+        With `RetCode.Unstable`: in the solve, the two solutions of the pair came apart, as they do where the solution
+        contracts.
 
     Warns
     -----

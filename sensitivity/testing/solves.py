@@ -245,11 +245,13 @@ def check_adjoint_identity(h: Harness, algorithm: SensitivityAlgorithm) -> None:
         return
     wanted = frozenset({"u0", "theta", "t0", "t1", "saveat"})
     times = h.array([7.0, 0.5, 10.0, 0.0, 0.5])
-    options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
+    # At loose tolerances steps that can be undone are not stable here.
+    options: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-8} if algorithm.undoes else {"rtol": 1e-4, "atol": 1e-6}
     for saveat, k in ((None, 1), (times, 5), (4, 4)):
         alg, run, x = h.prepared(lotka_volterra(h), Tsit5(), replace(algorithm, vjp=h.vjp()), saveat=saveat, **options)
         with h.be.quiet():
-            out, _, residuals = alg.forward(run, x, wanted)
+            out, aux, residuals = alg.forward(run, x, wanted)
+            require(h.numbers(aux.status) == [0.0], f"the solve ended with {aux.status!r}")
             require(out.u.shape[0] == k, f"{out.u.shape[0]} rows, expected {k}")
             ct = [[0.5 + i, -1.0 + 0.25 * i * i] for i in range(k)]
             bar = alg.reverse(run, residuals, out._replace(u=h.array(ct)), wanted)
