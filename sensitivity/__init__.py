@@ -13,6 +13,7 @@ from .algorithms.gauss import GaussAdjoint
 from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
+from .algorithms.reversible import ReversibleAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .choose import auto
@@ -31,6 +32,7 @@ from .errors import (
     NumericalDerivativeWarning,
     OutputError,
     ProbeWarning,
+    ReconstructionWarning,
     SensitivityError,
     SensitivityWarning,
     SignatureError,
@@ -46,6 +48,8 @@ from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
 from .methods import (
     BS3,
+    EES25,
+    EES27,
     RK4,
     Dopri5,
     Dopri8,
@@ -104,6 +108,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BS3",
+    "EES25",
+    "EES27",
     "RK4",
     "VJP",
     "BackendMissingError",
@@ -153,9 +159,11 @@ __all__ = [
     "ProbeWarning",
     "PseudoTransient",
     "QuadratureAdjoint",
+    "ReconstructionWarning",
     "RecursiveCheckpointAdjoint",
     "RetCode",
     "ReverseVJP",
+    "ReversibleAdjoint",
     "Rodas5P",
     "RungeKutta",
     "ScipySolver",

@@ -15,9 +15,9 @@ from . import tree as _tree
 from .errors import UnsupportedCombination
 from .lookback import Lookback
 from .loops import Loops
-from .records import Array, Contribution, Record, Scalar
+from .records import Array, Contribution, Mark, Record, Scalar
 
-__all__ = ["Array", "Backend", "Contribution", "Loops", "Record", "Scalar", "Tree"]
+__all__ = ["Array", "Backend", "Contribution", "Loops", "Mark", "Record", "Scalar", "Tree"]
 
 Tree = Any
 
@@ -245,6 +245,11 @@ class Backend(Lookback, Loops):
         `ct_t` is 0.0 unless `time`; `ct_theta` is () unless `params`.
         """
         raise NotImplementedError
+
+    def value_and_vjp(self, f: Callable, theta: tuple[Array, ...], time: bool, params: bool) -> Callable:
+        """`at(t, u) -> (f, pull)` with `pull(ct)` as in `vjp`: one evaluation, kept for its product."""
+        rhs, pull = f(theta), self.vjp(f, theta, time, params)
+        return lambda t, u: (rhs(t, u), lambda ct: pull(t, u, ct))
 
     def jvp(self, f: Callable, theta: tuple[Array, ...], d_theta: tuple[Array, ...]) -> Callable:
         """`push(t, u, du, dt) -> (f, df)` along many directions at once.

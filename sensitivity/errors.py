@@ -146,6 +146,10 @@ class NumericalDerivativeWarning(SensitivityWarning):
     """A derivative was replaced by finite differences without having been asked for."""
 
 
+class ReconstructionWarning(SensitivityWarning):
+    """A solution that was undone step by step did not come back to where it started, so its gradient is inexact."""
+
+
 class ProbeWarning(SensitivityWarning):
     """What the first-call check found in `f`, as a warning: with `probe="warn"`, and for an unexpected precision."""
 

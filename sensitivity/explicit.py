@@ -77,7 +77,7 @@ def _column(tab: Tableau, j: int, order: tuple[int, ...]) -> tuple[float, ...]:
 
 
 @cache
-def _ones(count: int) -> tuple[float, ...]:
+def ones(count: int) -> tuple[float, ...]:
     # Backends may remember a matrix for each tuple of weights, so one tuple serves all steps.
     return (1.0,) * count
 
@@ -128,7 +128,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
         if out is not None:
             change, moved = change + out.h, moved + out.t
         h_bar = be.choose(last, change, h_bar)
-    lam = be.combine(lam, 1.0, _ones(len(order)), Y)
+    lam = be.combine(lam, 1.0, ones(len(order)), Y)
     if out is not None and out.u is not None:
         lam = lam + out.u
     return Adjoint(lam, kappa, theta, moved, h_bar)

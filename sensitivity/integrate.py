@@ -115,10 +115,11 @@ def initial_step(run: Run, stepper: Stepper, s: Span, u: Array, k: Array, rtol: 
 
 def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
               norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None,
-              watch: Any = None) -> tuple[State, Any]:
+              watch: Any = None, guard: Callable[[Array, Array], Any] | None = None) -> tuple[State, Any]:
     """Integrate over the span `s` with a bound method; returns the last state and what `sink` collected.
 
-    `h` is a first step size to try; without it (and without `run.dt`) one is chosen. `watch` looks for events.
+    `h` is a first step size to try; without it (and without `run.dt`) one is chosen. `watch` looks for events;
+    `guard(u0, u1)` is the status of an accepted step, for methods that must not go on from any state.
     """
     be, controller = run.be, run.controller
     if not stepper.one_step:
@@ -143,6 +144,9 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         if run.progress is not None:
             be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
 
+    def guarded(state: State, u1: Array, keep: Any, status: Any) -> Any:
+        return status if guard is None else be.choose(keep, be.greatest(status, guard(state.u, u1)), status)
+
     def advance(state: State) -> tuple[State, Record, Any]:
         target = s.t1
         for stop in reversed(run.tstops):
@@ -162,7 +166,7 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
             t = be.choose(last, target, state.t + h)
             tell(t)
             new = State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio, state.accepted + 1, state.rejected,
-                        state.status, iterations=state.iterations + spent)
+                        guarded(state, u1, True, state.status), iterations=state.iterations + spent)
             return watched(state, new, record, True)
         ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)
@@ -175,7 +179,8 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         tell(t)
         u, k_next = be.choose(keep, (u1, stepper.carry(K)), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
-                    state.rejected + be.choose(keep, 0, 1), status, iterations=state.iterations + spent)
+                    state.rejected + be.choose(keep, 0, 1), guarded(state, u1, keep, status),
+                    iterations=state.iterations + spent)
         return watched(state, new, record, keep)
 
     def watched(state: State, new: State, record: Record, keep: Any) -> tuple[State, Record, Any]:

@@ -25,6 +25,11 @@ def _slopes(tab: Tableau) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple((k + 1) * d for k, d in enumerate(row)) for row in tab.dense)
 
 
+def weights_at(be: Any, tab: Tableau, x: Any, like: Array) -> tuple[Array, Array]:
+    """`b_i(x)` and `b_i'(x)` as matrices, one row per point."""
+    return be.poly(_weights(tab), x, like), be.poly(_slopes(tab), x, like)
+
+
 def interpolant(be: Any, tab: Tableau) -> Callable[[Record, Any], Array]:
     """`interpolate(record, ts) -> (len(ts), n)`."""
     weights = _weights(tab)

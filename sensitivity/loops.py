@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .recompute import Pulled, Recall, Recomputing
-from .records import Array, Contribution, Record, Scalar
+from .records import Array, Contribution, Mark, Record, Scalar
 
 
 class Loops(Recomputing):
@@ -164,13 +164,14 @@ class Loops(Recomputing):
             state = body(state, ledger[i], bars, i == len(ledger) - 1)
         return state
 
-    def follow(self, body: Callable, state: Any, log: Any) -> tuple[Any, Any]:
-        """Fold `state, new = body(state, record, last)` over a log, oldest record first; the `new` form a log too."""
-        out = _Store()
+    def follow(self, body: Callable, state: Any, log: Any, sink: Any = None) -> tuple[Any, Any]:
+        """Fold `state, new = body(state, record, last)` over a log, oldest record first; the `new` form a log too, or
+        go to `sink`."""
+        out = _Store() if sink is None else sink
         for n in range(len(log)):
             state, new = body(state, log[n], n == len(log) - 1)
-            out.append(new)
-        return state, out
+            out.add(new)
+        return state, out.result()
 
     def nodes(self, log: Any, end: Array, t_end: Scalar) -> tuple[Array, Any]:
         """States and times at the ends of all steps: `(N, n)` and N times."""
@@ -294,6 +295,21 @@ class Loops(Recomputing):
         """
         del capacity, stages
         return _Sampler(self, interpolate, ts, u0, direction)
+
+    def marks(self, capacity: int, every: int | None, interpolate: Callable | None = None, ts: Any = None,
+              first: Array | None = None, s: Any = None) -> Any:
+        """A sink that keeps of each step its time and size, and the start state of every `every`-th step.
+
+        With `interpolate` it also takes the rows at times `ts` of the span `s`, step by step as `sampler` says, and
+        keeps nothing else of a step; `first` is the row where there is no step. Its result is `(log, rows or None)`.
+        """
+        del capacity
+        return _Marks(every, None if interpolate is None else _Sampler(self, interpolate, ts, first, s.direction))
+
+    def unrolled(self, a: Sequence, base: Array, scale: Scalar, xs: tuple[Sequence, ...], row: Callable,
+                 carry: Any) -> tuple[Any, Array]:
+        """`recursion` whose `carry` and `xs` may hold anything, functions too; a tracing backend writes it out."""
+        return self.recursion(a, base, scale, xs, row, carry)
 
     def recursion(self, a: Sequence, base: Array, scale: Scalar, xs: tuple[Sequence, ...], row: Callable,
                   carry: Any, first: Array | None = None) -> tuple[Any, Array]:
@@ -444,6 +460,21 @@ class _Fold:
         return self.state
 
 
+class _Marks:
+    def __init__(self, every: int | None, sampler: _Sampler | None) -> None:
+        self.every, self.sampler = every, sampler
+        self.log = _Store()
+
+    def add(self, record: Record) -> None:
+        stored = self.every is not None and len(self.log) % self.every == 0
+        self.log.append(Mark(record.t, record.h, record.u if stored else None, stored))
+        if self.sampler is not None:
+            self.sampler.add(record)
+
+    def result(self) -> tuple[Any, Any]:
+        return self.log, None if self.sampler is None else self.sampler.result()
+
+
 class _Sampler:
     def __init__(self, be: Loops, interpolate: Callable, ts: Any, u0: Array, direction: float) -> None:
         self.be, self.interpolate, self.direction, self.u0 = be, interpolate, direction, u0
@@ -452,10 +483,12 @@ class _Sampler:
         self.keys = [direction * t for t in self.ts]
         self.done = 0
         self.parts: list[Array] = []
+        self.last: Record | None = None
 
     def add(self, record: Record) -> None:
         if self.done == len(self.keys):
             return
+        self.last = record
         end = bisect.bisect_right(self.keys, self.direction * (record.t + record.h), self.done)
         if end > self.done:
             self.parts.append(self.interpolate(record, self.ts[self.done:end]))
@@ -466,8 +499,10 @@ class _Sampler:
         k = len(self.ts)
         if self.done < k:
             # Round-off may leave a time at t1 behind the last node; a failed solve leaves the rest unknown.
-            fill = self.parts[-1][-1:, :] if self.parts else xp.reshape(self.u0, (1, -1))
-            self.parts.append(xp.concat([fill] * (k - self.done), axis=0))
+            if self.last is None:
+                self.parts.append(xp.concat([xp.reshape(self.u0, (1, -1))] * k, axis=0))
+            else:
+                self.parts.append(self.interpolate(self.last, self.ts[self.done:]))
         rows = xp.concat(self.parts, axis=0) if len(self.parts) > 1 else self.parts[0]
         if self.order == list(range(k)):
             return rows

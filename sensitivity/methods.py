@@ -105,6 +105,20 @@ class RK4(RungeKutta):
     references = ("kutta1901",)
 
 
+class EES25(RungeKutta):
+    """EES(2,5; 1/10) of Shmelev, Ebrahimi-Fard, Tapia and Salvi (2025), three stages, order 2(1), nearly symmetric: a
+    step and the step back are the identity up to O(h^6)."""
+
+    base = tableaus.EES25
+
+
+class EES27(RungeKutta):
+    """EES(2,7) of Shmelev, Ebrahimi-Fard, Tapia and Salvi (2025), four stages, order 2(1), nearly symmetric: a step and
+    the step back are the identity up to O(h^8)."""
+
+    base = tableaus.EES27
+
+
 class BS3(RungeKutta):
     """Bogacki and Shampine (1989), order 3(2), cubic dense output."""
 

@@ -17,6 +17,15 @@ class Record(NamedTuple):
     k: Array
 
 
+class Mark(NamedTuple):
+    """One accepted step without what was computed in it; where `stored`, with the state at its start."""
+
+    t: Scalar
+    h: Scalar
+    u: Array | None
+    stored: Any
+
+
 class Contribution(NamedTuple):
     """Cotangents that outputs inside one step hand to that step: of its start state, of its stages, of its size, and
     of its start time."""

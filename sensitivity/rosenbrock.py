@@ -24,7 +24,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from .backend import Array, Contribution, Record, Scalar
-from .explicit import _ones
+from .explicit import ones
 from .implicit import relative
 from .interpolate import interpolant, slope, transpose
 from .jacobian import Jacobian, of_function
@@ -221,7 +221,7 @@ class Rosenbrock(Stepper):
             if out is not None:
                 change, moved = change + out.h, moved + out.t
             h_bar = be.choose(last, change, h_bar)
-        lam = be.combine(lam, 1.0, _ones(tab.stages), Y)
+        lam = be.combine(lam, 1.0, ones(tab.stages), Y)
         if out is not None and out.u is not None:
             lam = lam + out.u
         return Adjoint(lam, None, theta, moved, h_bar)

@@ -201,6 +201,9 @@ def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
                                      "merge them into one event, or move one"),
         RetCode.MaxEvents: (f"max_events={run.max_events} reached {where}", "events may accumulate at a point (Zeno)",
                             "a terminal event before it, or max_events= larger"),
+        RetCode.Unstable: (f"the two solutions of the reversible pair came apart {where}",
+                           "where the solution contracts at a rate a, their difference grows like exp(|a| t)",
+                           "sensealg=RecursiveCheckpointAdjoint(), a smaller coupling=, or a shorter tspan"),
     }[code]
     if code in (RetCode.NonFinite, RetCode.NewtonFailure) and (name := _not_finite(run.be, sol.prob)):
         what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (

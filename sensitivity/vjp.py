@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .backend import Array
+from .backend import Array, Backend
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .jacobian import sizes
@@ -15,6 +15,7 @@ from .system import Inputs
 
 MATRIX = 2000  # entries of a state whose unit vectors are kept as a matrix
 Pull = Callable[[Any, Array, Array], tuple[Array, tuple[Array, ...], Any]]
+At = Callable[[Any, Array], tuple[Array, Callable[[Array], tuple[Array, tuple[Array, ...], Any]]]]
 Push = Callable[[Any, Array, Array, Any], tuple[Array, Array]]
 
 
@@ -50,6 +51,16 @@ class VJP:
         `params`."""
         raise NotImplementedError
 
+    def value_and_pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> At:
+        """`at(t, u) -> (f, pull)` with `pull(ct)` as in `pullback`, for when the value is needed before the product."""
+        rhs, pull = run.field.bind(run.be, x.theta, x.constants), self.pullback(run, x, time=time, params=params)
+        return lambda t, u: (rhs(t, u), lambda ct: pull(t, u, ct))
+
+    def extra(self, run: Run) -> int:
+        """Evaluations of `f` that `value_and_pullback` makes beside its product."""
+        del run
+        return 1
+
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         """`push(t, u, du, dt) -> (f, f_u du + f_p d_theta + f_t dt)`, one row per direction."""
         raise NotImplementedError
@@ -79,6 +90,12 @@ class ReverseVJP(VJP):
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         return run.be.vjp(_through(run, x), x.theta, time=time, params=params)
+
+    def value_and_pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> At:
+        return run.be.value_and_vjp(_through(run, x), x.theta, time=time, params=params)
+
+    def extra(self, run: Run) -> int:
+        return int(type(run.be).value_and_vjp is Backend.value_and_vjp)
 
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         return run.be.jvp(_through(run, x), x.theta, d_theta)

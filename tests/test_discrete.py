@@ -285,11 +285,12 @@ def test_central_differences(lab):
 # -- reference values ---------------------------------------------------------------------------------------------
 
 SOLVERS = {"euler": sa.Euler(), "heun": sa.Heun(), "rk4": sa.RK4(), "tsit5": sa.Tsit5(), "dopri5": sa.Dopri5(),
+           "ees25_x0.1": sa.EES25(), "ees27_xopt": sa.EES27(),
            "implicit_euler": sa.ImplicitEuler(), "implicit_midpoint": sa.ImplicitMidpoint(),
            "trapezoid": sa.Trapezoid()}
 
 
-@pytest.mark.parametrize("name", [n for n in GOLD if n.startswith("disc_")])
+@pytest.mark.parametrize("name", [n for n in GOLD if GOLD[n]["code"].get("solver") in SOLVERS])
 def test_reference_values(lab, name):
     P = GOLD[name]
     xp = lab.xp

@@ -11,8 +11,9 @@ import sensitivity as sa
 from sensitivity import tableaus
 from sensitivity.control import FixedStep
 
-METHODS = {"Euler": 1, "Heun": 2, "Midpoint": 2, "RK4": 4, "BS3": 3, "Dopri5": 5, "Tsit5": 5, "Dopri8": 8}
-EMBEDDED = {"Heun": 1, "Midpoint": 1, "BS3": 2, "Dopri5": 4, "Tsit5": 4, "Dopri8": 7}
+METHODS = {"Euler": 1, "Heun": 2, "Midpoint": 2, "EES25": 2, "EES27": 2, "RK4": 4, "BS3": 3, "Dopri5": 5,
+           "Tsit5": 5, "Dopri8": 8}
+EMBEDDED = {"Heun": 1, "Midpoint": 1, "EES25": 1, "EES27": 1, "BS3": 2, "Dopri5": 4, "Tsit5": 4, "Dopri8": 7}
 FSAL = {"BS3", "Dopri5", "Tsit5", "Dopri8"}
 DENSE = {"Euler": 1, "BS3": 3, "Dopri5": 4, "Tsit5": 4, "Dopri8": 5}
 
@@ -169,8 +170,8 @@ def exact(t):
 
 SPAN = (0.5, 3.0)
 # Step counts where the error is far above round-off and the next term of its expansion is already small.
-COUNTS = {"Euler": (400, 800), "Heun": (200, 400), "Midpoint": (200, 400), "RK4": (40, 80), "BS3": (80, 160),
-          "Dopri5": (64, 128), "Tsit5": (64, 128), "Dopri8": (14, 28)}
+COUNTS = {"Euler": (400, 800), "Heun": (200, 400), "Midpoint": (200, 400), "EES25": (200, 400), "EES27": (200, 400),
+          "RK4": (40, 80), "BS3": (80, 160), "Dopri5": (64, 128), "Tsit5": (64, 128), "Dopri8": (14, 28)}
 COUNTS_DENSE = COUNTS | {"Dopri8": (20, 40)}
 
 

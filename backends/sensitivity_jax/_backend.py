@@ -235,16 +235,20 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     # -- derivatives ------------------------------------------------------------------------------------------------
 
     def vjp(self, f, theta, time, params):
-        def pull(t, u, ct):
-            if params:
-                _, back = jax.vjp(lambda t, u, th: f(th)(t, u), t, u, theta)
-                t_bar, u_bar, theta_bar = back(ct)
-            else:
-                _, back = jax.vjp(lambda t, u: f(theta)(t, u), t, u)
-                (t_bar, u_bar), theta_bar = back(ct), ()
-            return u_bar, theta_bar, t_bar if time else 0.0
+        at = self.value_and_vjp(f, theta, time, params)
+        return lambda t, u, ct: at(t, u)[1](ct)
 
-        return pull
+    def value_and_vjp(self, f, theta, time, params):
+        def at(t, u):
+            out, back = jax.vjp(lambda t, u, *th: f(*th or (theta,))(t, u), t, u, *((theta,) if params else ()))
+
+            def pull(ct):
+                t_bar, u_bar, *theta_bar = back(ct)
+                return u_bar, theta_bar[0] if params else (), t_bar if time else 0.0
+
+            return out, pull
+
+        return at
 
     def jvp(self, f, theta, d_theta):
         def push(t, u, du, dt):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from sensitivity.backend import Contribution, Record
+from sensitivity.backend import Contribution, Loops, Record
 
 from ._checkpoints import Pulled, Recall, Recomputing
 from ._lanes import active, any_lane, select
 from ._ledger import LedgerLoops
 from ._log import Fold, Log, OpenLog, Rows, Sampler, Store, masked, scattered
+from ._marks import MarkLog, Marks, Pending, Taking
 from ._matrices import Matrices
 from ._typed import arrays, like
 
@@ -88,18 +89,27 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
     def replay(self, body, state, log, extra=None):
         if isinstance(log, Recall):
             return log.replay(body, state, extra)
-        opened, (log, _) = log, log
+        opened, log = log, log.log
         state = arrays(state)
 
         def back(carry):
             i, s = carry
             return i - 1, self._past(body, s, opened, extra, i - 1)
 
+        def back_pending(carry):
+            i, (at, s) = carry
+            i = i - 1
+            mark, mine = opened.record(i), active(log.keep[i])
+            at, out = extra.inside(at, mark, mine)
+            return i, (at, select(mine, like(arrays(body(s, mark, out, i == log.newest)), s), s))
+
+        if isinstance(extra, Pending):
+            return self._while(lambda c: c[0] > 0, back_pending, (log.count, (jnp.int32(0), state)))[1][1]
         return self._while(lambda c: c[0] > 0, back, (log.count, state))[1]
 
     def _past(self, body, state, opened, extra, i):
         """The state after the record in slot `i`, if this lane kept it."""
-        log, _ = opened
+        log = opened.log
         out = None
         if isinstance(extra, Rows):
             mask = extra.slot == i
@@ -109,8 +119,8 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         new = body(state, opened.record(i), out, i == log.newest)
         return select(active(log.keep[i]), like(arrays(new), state), state)
 
-    def follow(self, body, state, log):
-        opened, (log, _) = log, log
+    def follow(self, body, state, log, sink=None):
+        opened, log = log, log.log
         state = arrays(state)
         capacity = log.keep.shape[0]
 
@@ -118,6 +128,15 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             return body(s, opened.record(i), i == log.newest)
 
         shapes = jax.eval_shape(advance, state, jnp.int32(0))[1]
+        if sink is not None:
+            def onward(carry):
+                i, s, kept = carry
+                new, record = advance(s, i)
+                return i + 1, select(active(log.keep[i]), like(new, s), s), sink.add(kept, record, log.keep[i])
+
+            _, state, kept = self._while(lambda c: c[0] < log.count, onward, (jnp.int32(0), state, sink.start(shapes)))
+            return state, sink.result(kept)
+
         buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
 
         def ahead(carry):
@@ -152,6 +171,20 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
 
     def sampler(self, interpolate, ts, u0, direction, capacity, stages):
         return Sampler(self, interpolate, ts, u0, direction, capacity, stages)
+
+    def marks(self, capacity, every, interpolate=None, ts=None, first=None, s=None):
+        if interpolate is None:
+            return Marks(capacity, every, None)
+        ts = jnp.asarray(ts)
+        order = jnp.argsort(s.direction * ts)
+        keys = s.direction * ts[order]
+        # Round-off may leave a time at the end of the span behind the last node.
+        slack = 8.0 * jnp.finfo(keys.dtype).eps * jnp.maximum(jnp.abs(s.t0), jnp.abs(s.t1))
+        keys = jnp.minimum(keys, s.direction * s.t1 - slack)
+        return Marks(capacity, every, Taking(interpolate, ts[order], keys, order, s.direction, first))
+
+    def unrolled(self, a, base, scale, xs, row, carry):
+        return Loops.recursion(self, a, base, jnp.asarray(scale, base.dtype), xs, row, carry)
 
     def reopen(self, log, stages):
         return OpenLog(log, stages)
@@ -203,6 +236,9 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return jnp.where(log.count > 0, rows, u0[None, :])
 
     def sample_vjp(self, transpose, log, ts, ct, direction):
+        if isinstance(log, MarkLog):
+            order = jnp.argsort(-direction * ts)
+            return Pending(transpose, ts[order], ct[order], direction, log.records.t[0]), None
         if isinstance(log, Recall):
             return Pulled(transpose, ts, ct, self._slots(log.kept.t, log.kept.count, ts, direction)), None
         opened, (log, _) = log, log
@@ -220,7 +256,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return scattered(Rows(slots, rows), log.keep.shape[0]), ts_bar
 
     def nodes(self, log, end, t_end):
-        log, _ = log
+        log = log.log
         order = jnp.argsort(~log.keep, stable=True)
         n = jnp.sum(log.keep)
         index = jnp.arange(log.keep.shape[0])
@@ -231,7 +267,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
     def nodes_vjp(self, log, ct):
         if isinstance(log, Recall):
             return self._node_starts(log, ct)
-        log, _ = log
+        log = log.log
         order = jnp.argsort(~log.keep, stable=True)
         n = jnp.sum(log.keep)
         index = jnp.arange(log.keep.shape[0])
@@ -269,7 +305,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return 0
 
     def last_size(self, log):
-        log, _ = log
+        log = log.log
         return jnp.where(log.count > 0, log.records.h[log.newest], 1.0)
 
     def trimmed(self, rows, ts, count):

@@ -19,19 +19,29 @@ def make_vjp(function, x):
 
 def vjp(f, theta, time, params):
     """`pull(t, u, ct)`; see `Backend.vjp`."""
+    at = value_and_vjp(f, theta, time, params)
+    return lambda t, u, ct: at(t, u)[1](ct)
+
+
+def value_and_vjp(f, theta, time, params):
+    """`at(t, u) -> (f, pull)`; see `Backend.value_and_vjp`."""
     moved = theta if params else ()
     fixed = None if params else f(theta)
     k = len(moved)
 
-    def pull(t, u, ct):
+    def at(t, u):
         def rhs(x):
             return (f(tuple(x[1 : k + 1])) if params else fixed)(x[k + 1] if time else t, x[0])
 
         backward, out = make_vjp(rhs, (u, *moved, t) if time else (u, *moved))
-        u_bar, *bars = backward(np.asarray(ct, dtype=np.asarray(out).dtype))
-        return u_bar, tuple(bars[:k]), float(bars[k]) if time else 0.0
 
-    return pull
+        def pull(ct):
+            u_bar, *bars = backward(np.asarray(ct, dtype=np.asarray(out).dtype))
+            return u_bar, tuple(bars[:k]), float(bars[k]) if time else 0.0
+
+        return out, pull
+
+    return at
 
 
 def jvp(f, theta, d_theta):

@@ -182,6 +182,11 @@ class NumpyBackend(Backend):
 
         return _autograd.vjp(f, theta, time, params)
 
+    def value_and_vjp(self, f, theta, time, params):
+        from . import _autograd
+
+        return _autograd.value_and_vjp(f, theta, time, params)
+
     def jvp(self, f, theta, d_theta):
         from . import _autograd
 

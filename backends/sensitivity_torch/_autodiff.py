@@ -175,27 +175,37 @@ def parameters(theta, params):
 
 def vjp(f, theta, time, params):
     """`pull(t, u, ct)`; see `Backend.vjp`."""
+    at = value_and_vjp(f, theta, time, params)
+    return lambda t, u, ct: at(t, u)[1](ct)
+
+
+def value_and_vjp(f, theta, time, params):
+    """`at(t, u) -> (f, pull)`; see `Backend.value_and_vjp`."""
     captured = any(x.requires_grad for x in theta)
     leaves = parameters(theta, params)
     rhs = f(leaves)
     wanted = leaves if params else ()
     zeros = [torch.zeros_like(x, requires_grad=False) for x in wanted]
 
-    def pull(t, u, ct):
+    def at(t, u):
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             t = t.detach().requires_grad_() if time else t
             out = rhs(t, u)
-        if not out.requires_grad:
-            return torch.zeros_like(u, requires_grad=False), tuple(zeros), 0.0
-        inputs = (u, *wanted, t) if time else (u, *wanted)
-        u_bar, *bars = run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
-        t_bar = bars.pop() if time else None
-        bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
-        u_bar = torch.zeros_like(u, requires_grad=False) if u_bar is None else u_bar
-        return u_bar, bars, 0.0 if t_bar is None else t_bar.item()
 
-    return pull
+        def pull(ct):
+            if not out.requires_grad:
+                return torch.zeros_like(u, requires_grad=False), tuple(zeros), 0.0
+            inputs = (u, *wanted, t) if time else (u, *wanted)
+            u_bar, *bars = run_backward((out,), (ct.to(out.dtype),), captured, False, inputs, True, False)
+            t_bar = bars.pop() if time else None
+            bars = tuple(z if x is None else x for x, z in zip(bars, zeros, strict=True))
+            u_bar = torch.zeros_like(u, requires_grad=False) if u_bar is None else u_bar
+            return u_bar, bars, 0.0 if t_bar is None else t_bar.item()
+
+        return out.detach(), pull
+
+    return at
 
 
 def jacobian(rhs):

@@ -251,6 +251,9 @@ class TorchBackend(Backend):
     def vjp(self, f, theta, time, params):
         return _autodiff.vjp(f, theta, time, params)
 
+    def value_and_vjp(self, f, theta, time, params):
+        return _autodiff.value_and_vjp(f, theta, time, params)
+
     def jvp(self, f, theta, d_theta):
         return _autodiff.jvp(f, theta, d_theta)
 

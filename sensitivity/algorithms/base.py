@@ -97,6 +97,7 @@ class SensitivityAlgorithm:
     closed : whether the results of a solve are all that its derivatives need.
     twice : what to do where it gives no second derivatives.
     kinds : which kinds of problems it serves: "ode", "steady".
+    undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
     """
 
     vjp: Any = None
@@ -104,6 +105,7 @@ class SensitivityAlgorithm:
 
     exact: ClassVar[bool] = False
     events: ClassVar[bool] = False
+    undoes: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False

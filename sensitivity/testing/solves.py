@@ -220,16 +220,18 @@ def check_tree(h: Harness, algorithm: SensitivityAlgorithm) -> None:
 def check_single(h: Harness, algorithm: SensitivityAlgorithm) -> None:
     """float32 stays float32, in the state and in every gradient."""
     single = h.be.xp.float32
-    prob = lotka_volterra(h, single).remake(tspan=(0.0, 2.0))
+    # Undone in float32, a contracting solution is soon lost.
+    end = 0.5 if algorithm.undoes else 2.0
+    prob = lotka_volterra(h, single).remake(tspan=(0.0, end))
     weights = h.array([[1.0, 1.0]] * 2, single)
-    saveat = h.array([1.0, 2.0])
+    saveat = h.array([0.5 * end, end])
     r = serves(h, algorithm, lambda: h.gradient(prob, Tsit5(), algorithm, weights, saveat=saveat, rtol=2e-5,
                                                 atol=2e-5))
     if r is None:
         return
     for name, x in (("sol.u", r.solution.u), ("u0", r.u0), ("p", r.p)):
         require(x.dtype == single, f"{name} is {x.dtype}")
-    double = h.gradient(lotka_volterra(h).remake(tspan=(0.0, 2.0)), Tsit5(), algorithm, h.array([[1.0, 1.0]] * 2),
+    double = h.gradient(lotka_volterra(h).remake(tspan=(0.0, end)), Tsit5(), algorithm, h.array([[1.0, 1.0]] * 2),
                         saveat=saveat, rtol=2e-5, atol=2e-5)
     # float32 round-off; where products are central differences of float32, four digits are left of them.
     tol = 3e-4 if "reverse" in h.be.modes else 1e-2
@@ -243,11 +245,13 @@ def check_adjoint_identity(h: Harness, algorithm: SensitivityAlgorithm) -> None:
         return
     wanted = frozenset({"u0", "theta", "t0", "t1", "saveat"})
     times = h.array([7.0, 0.5, 10.0, 0.0, 0.5])
-    options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
+    # At loose tolerances steps that can be undone are not stable here.
+    options: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-8} if algorithm.undoes else {"rtol": 1e-4, "atol": 1e-6}
     for saveat, k in ((None, 1), (times, 5), (4, 4)):
         alg, run, x = h.prepared(lotka_volterra(h), Tsit5(), replace(algorithm, vjp=h.vjp()), saveat=saveat, **options)
         with h.be.quiet():
-            out, _, residuals = alg.forward(run, x, wanted)
+            out, aux, residuals = alg.forward(run, x, wanted)
+            require(h.numbers(aux.status) == [0.0], f"the solve ended with {aux.status!r}")
             require(out.u.shape[0] == k, f"{out.u.shape[0]} rows, expected {k}")
             ct = [[0.5 + i, -1.0 + 0.25 * i * i] for i in range(k)]
             bar = alg.reverse(run, residuals, out._replace(u=h.array(ct)), wanted)
@@ -267,6 +271,11 @@ def check_adjoint_identity(h: Harness, algorithm: SensitivityAlgorithm) -> None:
             right = sum(a * b for a, b in zip([v for r in ct for v in r], outputs, strict=True))
             # Products by central differences agree with each other to ten digits only.
             tol = 1e-11 if "reverse" in h.be.modes else 1e-6
+            if algorithm.undoes:
+                # As near as the states that it remade came to the initial one, which is known.
+                (missed,) = h.numbers(bar.drift)
+                require(missed < 1e-6, f"undone to the start, u0 is missed by {missed!r}")
+                tol = max(tol, 10.0 * missed)
             scale = sum(abs(a * b) for a, b in zip(bars, along, strict=True))
             require(abs(left - right) <= tol * max(1.0, scale), f"{left!r} != {right!r}, saveat={saveat}, row {i}")
 

@@ -10,8 +10,8 @@ from problems import Problem, jax_gradient, parameters, torch_gradient
 
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
     library, variant = name.split(".")
-    sides = {"diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode, "scipy": scipy,
-             "differences": differences}  # fmt: skip
+    sides = {"bare": bare, "diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode,
+             "scipy": scipy, "differences": differences}  # fmt: skip
     return sides[library](variant, problem)
 
 
@@ -42,6 +42,55 @@ def diffrax(adjoint: str, problem: Problem):
         ).ys  # fmt: skip
 
     return jax_gradient(problem, solve)
+
+
+def bare(_variant: str, problem: Problem):
+    """The operations that the gradient of a reversible Euler solve consists of, in two loops, and nothing else.
+
+    Two evaluations of `f` a step, then two with their products, for the pair with coupling 1.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    (t0, t1), h, f = problem.tspan, problem.dt, problem.f
+    steps = round((t1 - t0) / h)
+
+    def ahead(p):
+        def step(i, pair):
+            y, z = pair
+            y = y + h * f(t0 + i * h, z, p)
+            return y, z + h * f(t0 + (i + 1) * h, y, p)
+
+        return step
+
+    def back(p):
+        def step(i, state):
+            y, z, y_bar, z_bar, p_bar = state
+            t = t1 - i * h
+            slope, pull = jax.vjp(lambda u, p: f(t, u, p), y, p)
+            z = z - h * slope
+            u_bar, one = pull(h * z_bar)
+            y_bar = y_bar + u_bar
+            slope, pull = jax.vjp(lambda u, p: f(t - h, u, p), z, p)
+            y = y - h * slope
+            u_bar, two = pull(h * y_bar)
+            return y, z, y_bar, z_bar + u_bar, jax.tree.map(lambda a, b, c: a + b + c, p_bar, one, two)
+
+        return step
+
+    def gradient(p, u0, y_bar_of):
+        y, z = jax.lax.fori_loop(0, steps, ahead(p), (u0, u0))
+        y_bar = y_bar_of(y)
+        nothing = jax.tree.map(jnp.zeros_like, p)
+        return jax.lax.fori_loop(0, steps, back(p), (y, z, y_bar, jnp.zeros_like(y), nothing))[4]
+
+    if problem.lanes:
+        # The mean of the squares of all lanes.
+        lanes = jax.vmap(lambda p, u0: gradient(p, u0, lambda y: 2 * y / problem.u0.size), in_axes=(None, 0))
+        compiled = jax.jit(lambda p, u0: jax.tree.map(lambda x: x.sum(0), lanes(p, u0)))
+    else:
+        compiled = jax.jit(lambda p, u0: gradient(p, u0, jax.grad(problem.loss)))
+    return lambda: jax.block_until_ready(compiled(problem.p, problem.u0))
 
 
 def torchdiffeq(variant: str, problem: Problem):

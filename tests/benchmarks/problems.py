@@ -57,6 +57,7 @@ class Problem(NamedTuple):
     dt: float | None = None  # Euler with this step
     dtmax: float | None = None
     members: bool = False  # p has a leading axis of ensemble members
+    lanes: bool = False  # u0 has a leading axis, and the solve is batched over it by the framework
     vjp: Callable | None = None
     dloss: Callable = np.ones_like  # derivative of the loss, where no framework makes it
     stiff: bool = False
@@ -70,6 +71,7 @@ def jax_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
     """The compiled gradient of `loss(solve(p, u0))` with respect to `p`, for either side's `solve`."""
     import jax
 
+    solve = jax.vmap(solve, in_axes=(None, 0)) if problem.lanes else solve
     gradient = jax.value_and_grad(lambda p, u0: problem.loss(solve(p, u0)))
     gradient = jax.jit(jax.vmap(gradient, in_axes=(0, None)) if problem.members else gradient)
     return lambda: jax.block_until_ready(gradient(problem.p, problem.u0))[1]
@@ -164,12 +166,13 @@ def neural_ode(ops: Ops, batch: int, gain: float) -> Problem:
     return Problem(f, initial_states(ops, batch, 2), (0.0, 1.5), p, mean_square, saveat, tol=1e-6)
 
 
-def euler_mlp(ops: Ops, batch: int) -> Problem:
+def euler_mlp(ops: Ops, batch: int, width: int = 100, steps: int = 1000, dt: float = 0.01,
+              lanes: bool = False) -> Problem:
     def f(t, u, p):
         return perceptron(ops, ops.relu, u, p)
 
-    p = layers(ops, (100,) * 6, 1.0)
-    return Problem(f, initial_states(ops, batch, 100), (0.0, 10.0), p, mean_square, dt=0.01)
+    p, u0 = layers(ops, (width,) * 6, 1.0), initial_states(ops, batch, width)
+    return Problem(f, u0, (0.0, dt * steps), p, mean_square, dt=dt, lanes=lanes)
 
 
 def delayed_network(ops: Ops) -> Problem:
@@ -202,6 +205,8 @@ PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
     "steep-neural-ode-256": lambda ops: neural_ode(ops, 256, gain=3.0),
     "euler-mlp-1": lambda ops: euler_mlp(ops, 1),
     "euler-mlp-100": lambda ops: euler_mlp(ops, 100),
+    "euler-mlp-wide": lambda ops: euler_mlp(ops, 1, width=1000, steps=100, dt=0.001),
+    "euler-mlp-vmap-1000": lambda ops: euler_mlp(ops, 1000, steps=5, dt=0.001, lanes=True),
     "thousand-steps": thousand_steps,
     "delayed-network": delayed_network,
 }
@@ -250,6 +255,12 @@ ROWS: dict[str, list[Row]] = {
         Row("steep-neural-ode-256", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
         Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.6),
         Row("euler-mlp-1", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("euler-mlp-1", "gradient", "ReversibleAdjoint", "bare.reversible", 1 / 1.2),
+        Row("euler-mlp-1", "gradient", "ReversibleAdjoint", _recursive),
+        Row("euler-mlp-wide", "gradient", "ReversibleAdjoint", "bare.reversible", 1 / 1.2),
+        Row("euler-mlp-wide", "gradient", "ReversibleAdjoint", _recursive),
+        Row("euler-mlp-vmap-1000", "gradient", "ReversibleAdjoint", "bare.reversible", 1 / 1.2),
+        Row("euler-mlp-vmap-1000", "gradient", "ReversibleAdjoint", _recursive),
         Row("euler-mlp-1", "compile", "RecursiveCheckpointAdjoint", _recursive),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.6),
         Row("euler-mlp-100", "gradient", "InterpolatingAdjoint", _backsolve),
