@@ -1,7 +1,7 @@
 """Gradients through differential equations: one API for NumPy/SciPy, JAX and PyTorch."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib
+import typing
 
 from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import SensitivityAlgorithm
@@ -75,7 +75,7 @@ from .steady import SteadyStateProblem
 from .steadymethods import Newton, PseudoTransient
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
     from .check import CheckedGradient, GradientCheck, check_gradient
     from .hessians import hessian, hessian_vector_product
@@ -98,10 +98,10 @@ _LATER = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     globals()[name] = value
     return value
 
