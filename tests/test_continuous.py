@@ -338,6 +338,26 @@ def test_lorenz_with_checkpoints():
         gradient(prob, sa.BacksolveAdjoint(checkpointing=False), **options)
 
 
+def test_long_horizon_with_checkpoints(numpy_lab):
+    """Over 40 time constants the state integrated backwards is lost without checkpoints, and exact with them."""
+    xp = numpy_lab.xp
+
+    def f(t, u, p):
+        return xp.stack([-u[0] + xp.tanh(p[0] * u[1]), -u[1] + p[1] * xp.cos(t) * u[0] + 1.0])
+
+    prob = sa.ODEProblem(f, np.array([1.0, -0.5]), (0.0, 40.0), np.array([0.8, 0.6]))
+    options = {"saveat": np.linspace(0.0, 40.0, 41), "rtol": 1e-11, "atol": 1e-11}
+
+    def loss(sol):
+        return ((sol.u - 1.0) ** 2).sum()
+
+    known = sa.gradient(prob, sa.Dopri8(), loss, sensealg=sa.InterpolatingAdjoint(), **options)
+    r = sa.gradient(prob, sa.Dopri8(), loss, sensealg=sa.BacksolveAdjoint(), **options)
+    np.testing.assert_allclose(r.p, known.p, rtol=1e-10)
+    with pytest.raises(sa.UnstableSensealgError):
+        sa.gradient(prob, sa.Dopri8(), loss, sensealg=sa.BacksolveAdjoint(checkpointing=False), **options)
+
+
 # -- never silently wrong ------------------------------------------------------------------------------------------
 
 
