@@ -9,6 +9,7 @@ from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.gauss import GaussAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
+from .algorithms.reversibleheun import ReversibleHeunAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .check import CheckedGradient, GradientCheck, check_gradient
@@ -58,11 +59,14 @@ from .methods import (
     Trapezoid,
     Tsit5,
 )
+from .noise import TabulatedPath, VirtualBrownianTree
 from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
 from .sensitivities import forward_sensitivities
 from .solution import Gradient, Solution, Stats
 from .solve import solve
+from .stochastic import SDEProblem
+from .stochasticmethods import EulerMaruyama, Milstein, ReversibleHeun, ShARK, StochasticHeun, StochasticMethod
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
 __version__ = "0.1.0"
@@ -85,6 +89,7 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "EulerMaruyama",
     "Event",
     "FiniteDifferenceVJP",
     "FixedStep",
@@ -106,6 +111,7 @@ __all__ = [
     "Kvaerno5",
     "Method",
     "Midpoint",
+    "Milstein",
     "MixedFrameworksError",
     "NumericalDerivativeWarning",
     "ODEProblem",
@@ -117,16 +123,23 @@ __all__ = [
     "RecursiveCheckpointAdjoint",
     "RetCode",
     "ReverseVJP",
+    "ReversibleHeun",
+    "ReversibleHeunAdjoint",
     "Rodas5P",
     "RungeKutta",
+    "SDEProblem",
     "ScipySolver",
     "SensitivityAlgorithm",
     "SensitivityError",
     "SensitivityWarning",
+    "ShARK",
     "SignatureError",
     "Solution",
     "SolveError",
     "Stats",
+    "StochasticHeun",
+    "StochasticMethod",
+    "TabulatedPath",
     "TimesError",
     "ToleranceError",
     "TracingError",
@@ -136,6 +149,7 @@ __all__ = [
     "UnstableSensealgWarning",
     "UnsupportedCombination",
     "UserVJP",
+    "VirtualBrownianTree",
     "__version__",
     "adjoint_sensitivities",
     "auto",

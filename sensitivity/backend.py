@@ -158,6 +158,22 @@ class Backend(Lookback, Loops):
         """`x`, or NaN everywhere (its derivatives too) if the scalar `bad` holds."""
         return x * math.nan if bad else x
 
+    # -- random numbers ---------------------------------------------------------------------------------------
+
+    def word(self) -> Any:
+        """An integer dtype that holds 32-bit words, either exactly or with room for their sums."""
+        return self.xp.int64
+
+    def counters(self, n: int, like: Array) -> Array:
+        """The words 0, 1, ..., n - 1 on the device of `like`."""
+        return self.xp.arange(n, dtype=self.word(), device=self.device(like))
+
+    def threefry(self, k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+        """The Threefry-2x32 generator; see `noise.threefry`."""
+        from .noise import threefry
+
+        return threefry(k0, k1, x0, x1)
+
     # -- running ----------------------------------------------------------------------------------------------
 
     def run(self, algorithm: Any, name: str, run: Any, args: tuple[Any, ...], wanted: frozenset[str]) -> Any:
@@ -262,6 +278,15 @@ class Backend(Lookback, Loops):
         """`solve(b, transposed=False)` for `A x = b` or `A^T x = b`; `b` is one vector or a row for each."""
         inverse = self.xp.linalg.inv(A)
         return lambda b, transposed=False: b @ (inverse if transposed else inverse.T)
+
+    def along(self, f: Callable, u: Array, du: Array) -> Array:
+        """Derivative of `f` at `u` along `du` by forward mode; the framework can differentiate it once more."""
+        raise NotImplementedError
+
+    def fixed(self, x: Any, name: str) -> Any:
+        """`x`, of which no derivative may be asked: one that is raises `UnsupportedCombination` with the `name`."""
+        del name
+        return x
 
     def loss_vjp(self, loss: Callable, args: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]] | None:
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""

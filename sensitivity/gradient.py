@@ -19,6 +19,7 @@ from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
 from .solve import build, checked, count, finished, prepare_options, warn_numerical
+from .stochastic import Stochastic
 from .system import Inputs
 from .verdict import judge
 
@@ -67,6 +68,8 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
         raise InputError("loss is not callable", "a gradient is that of a number",
                          "loss=lambda sol: (sol.u ** 2).sum()")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
+    if isinstance(run.kind, Stochastic):
+        run.kind.refuse_times(names)
     if wrt is None and not x.theta:
         names = ("u0",)
     if "p" in names and not x.theta:

@@ -24,10 +24,11 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
 
     Parameters
     ----------
-    prob : ODEProblem
+    prob : ODEProblem or SDEProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
-        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given.
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. For an SDEProblem
+        `EulerMaruyama() Milstein() StochasticHeun() ReversibleHeun() ShARK()`; one that suits the noise if not given.
     sensealg : sensitivity algorithm or auto
         How derivatives are made when they are asked for.
     saveat : None, array, int or "steps"

@@ -46,7 +46,7 @@ def _disagreement(run: Run, x: Inputs, size: int) -> str | None:
             bound = replace(run, vjp=vjp)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the values decide, not what AD says on the way
-                results.append(vjp.pullback(bound, x, params=False)(be.time(s.t0), x.u0, ct)[0])
+                results.append(vjp.pullback(bound, x, params=False)(run.field.argument(be, s.t0), x.u0, ct)[0])
         except Exception as e:  # any failure of AD on a user's function means the same: it cannot serve
             return f"{be.name} AD fails on f ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     exact, numeric = results

@@ -91,8 +91,10 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "test_state_at_a_terminal", "gauss", "quadrature", "backsolve", "tangents",
                "test_gradient_is_that_of_keeping_everything", "test_discrete_adjoint_is_exact",
                "test_stiff_problems", "jax-dae_", "test_constraints_hold", "test_outputs_between",
-               "test_attached_to_the")
-QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]")
+               "test_attached_to_the", "pathwise", "test_undone_steps", "are_the_transpose",
+               "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]")
+QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]",
+                "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]")
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.core import trace_state_clean
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.random import threefry2x32_p
 
 from sensitivity.backend import Backend
+from sensitivity.errors import UnsupportedCombination, undefined
 from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
@@ -191,6 +195,14 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def copy(self, x):
         return x
 
+    # -- random numbers ---------------------------------------------------------------------------------------------
+
+    def word(self):
+        return jnp.uint32
+
+    def threefry(self, k0, k1, x0, x1):
+        return threefry2x32_p.bind(*jnp.broadcast_arrays(k0, k1, x0, x1))
+
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, algorithm, name, run, args, wanted):
@@ -228,7 +240,7 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         def push(t, u, du, dt):
             t = jnp.asarray(t)
             out, along = jax.linearize(lambda t, u, th: f(th)(t, u), t, u, theta)
-            dt = jnp.zeros(du.shape[0], t.dtype) if dt is None else dt.astype(t.dtype)
+            dt = jnp.zeros((du.shape[0], *t.shape), t.dtype) if dt is None else dt.astype(t.dtype)
             return out, jax.vmap(along)(dt, du, d_theta)
 
         return push
@@ -264,6 +276,12 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
             return jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
 
         return solve
+
+    def along(self, f, u, du):
+        return jax.jvp(f, (u,), (du,))[1]
+
+    def fixed(self, x, name):
+        return _fixed(name, x) if isinstance(x, jax.core.Tracer) else x
 
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
@@ -313,6 +331,18 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         return jax.eval_shape(f, t, u, p)
 
 
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fixed(name, x):
+    return x
+
+
+@partial(_fixed.defjvp, symbolic_zeros=True)
+def _refuse(name, primals, tangents):
+    if not isinstance(tangents[0], SymbolicZero):
+        raise UnsupportedCombination(*undefined(name))
+    return primals[0], tangents[0]
 
 
 class _Through(BoundedLoops, JaxBackend):

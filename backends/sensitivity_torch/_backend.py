@@ -6,6 +6,7 @@ import torch
 from array_api_compat import torch as xp
 
 from sensitivity.backend import Backend
+from sensitivity.errors import UnsupportedCombination, undefined
 
 from . import _attach, _autodiff, _levels
 
@@ -244,6 +245,14 @@ class TorchBackend(Backend):
             return torch.linalg.lu_solve(lu, pivots, rows.mT, adjoint=transposed).mT.reshape(b.shape)
 
         return solve
+
+    def along(self, f, u, du):
+        return _autodiff.directional(f, u, du)
+
+    def fixed(self, x, name):
+        if isinstance(x, torch.Tensor) and _levels.moving(x):
+            raise UnsupportedCombination(*undefined(name))
+        return x
 
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)

@@ -92,6 +92,8 @@ class SensitivityAlgorithm:
     boundary : whether `attach` hides the solve from the framework's AD.
     second_order : whether `reverse` needs nothing but `run.field` and `run.vjp.pullback`, so that it can be given a
         `TangentField` (see `sensitivity.second`).
+    kinds : set of str
+        Which kinds of problems it serves: "ode", "sde".
     """
 
     vjp: Any = None
@@ -103,6 +105,7 @@ class SensitivityAlgorithm:
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse", "forward"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"ode"})
     references: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -192,6 +195,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     timed = run.saves not in (None, "steps")
     ts = save_times(run, x, s) if timed else None
     u0, spent = stepper.start(be.time(s.t0), x.u0)
+    u0 = stepper.lift(u0)
     sink = None
     if keep or run.dense or run.saves == "steps":
         sink = be.store(run.capacity)
@@ -210,11 +214,12 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         u = kept
         if keep or run.dense:
             u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, u0, s.direction)
-        u = be.reached(u, ts, end.t, s.direction)
+        u = be.reached(stepper.seen(u), ts, end.t, s.direction)
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t)
+        u = stepper.seen(u)
     else:
-        u, ts = end.u[None, :], [end.t]
+        u, ts = stepper.seen(end.u[None, :]), [end.t]
     nodes = stages = mesh = None
     if run.dense and run.method.one_step:
         times, sizes, nodes, stages = be.stacked(kept)
