@@ -14,6 +14,7 @@ from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.quadrature import QuadratureAdjoint
 from .algorithms.reversible import ReversibleAdjoint
+from .algorithms.reversibleheun import ReversibleHeunAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
 from .blackbox import BlackBox, ScipySolver
 from .choose import auto
@@ -66,6 +67,7 @@ from .methods import (
     Trapezoid,
     Tsit5,
 )
+from .noise import TabulatedPath, VirtualBrownianTree
 from .objective import objective
 from .problems import DDEProblem, ODEProblem
 from .retcode import RetCode
@@ -73,6 +75,8 @@ from .solution import Gradient, Solution, Stats
 from .solve import solve
 from .steady import SteadyStateProblem
 from .steadymethods import Newton, PseudoTransient
+from .stochastic import SDEProblem
+from .stochasticmethods import EulerMaruyama, Milstein, ReversibleHeun, ShARK, StochasticHeun, StochasticMethod
 from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
 
 if typing.TYPE_CHECKING:
@@ -127,6 +131,7 @@ __all__ = [
     "Dopri8",
     "EnsembleProblem",
     "Euler",
+    "EulerMaruyama",
     "Event",
     "FiniteDifferenceVJP",
     "FixedStep",
@@ -149,6 +154,7 @@ __all__ = [
     "Kvaerno5",
     "Method",
     "Midpoint",
+    "Milstein",
     "MixedFrameworksError",
     "Newton",
     "NumericalDerivativeWarning",
@@ -164,17 +170,24 @@ __all__ = [
     "RetCode",
     "ReverseVJP",
     "ReversibleAdjoint",
+    "ReversibleHeun",
+    "ReversibleHeunAdjoint",
     "Rodas5P",
     "RungeKutta",
+    "SDEProblem",
     "ScipySolver",
     "SensitivityAlgorithm",
     "SensitivityError",
     "SensitivityWarning",
+    "ShARK",
     "SignatureError",
     "Solution",
     "SolveError",
     "Stats",
     "SteadyStateProblem",
+    "StochasticHeun",
+    "StochasticMethod",
+    "TabulatedPath",
     "TimesError",
     "ToleranceError",
     "TracingError",
@@ -184,6 +197,7 @@ __all__ = [
     "UnstableSensealgWarning",
     "UnsupportedCombination",
     "UserVJP",
+    "VirtualBrownianTree",
     "__version__",
     "adjoint_sensitivities",
     "auto",

@@ -208,6 +208,22 @@ class Backend(Lookback, Loops):
     def restore(self, setup: Any) -> None:
         """Put the settings of another process in force."""
 
+    # -- random numbers ---------------------------------------------------------------------------------------
+
+    def word(self) -> Any:
+        """An integer dtype that holds 32-bit words, either exactly or with room for their sums."""
+        return self.xp.int64
+
+    def counters(self, n: int, like: Array) -> Array:
+        """The words 0, 1, ..., n - 1 on the device of `like`."""
+        return self.xp.arange(n, dtype=self.word(), device=self.device(like))
+
+    def threefry(self, k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+        """The Threefry-2x32 generator; see `noise.threefry`."""
+        from .noise import threefry
+
+        return threefry(k0, k1, x0, x1)
+
     # -- running ----------------------------------------------------------------------------------------------
 
     def run(self, algorithm: Any, name: str, run: Any, args: tuple[Any, ...], wanted: frozenset[str]) -> Any:
@@ -312,6 +328,15 @@ class Backend(Lookback, Loops):
         """A matrix as NumPy numbers if they are known now, else None."""
         rows = [self.concrete_times(A[i, :]) for i in range(A.shape[0])]
         return None if None in rows else _numbers(rows)
+
+    def along(self, f: Callable, u: Array, du: Array) -> Array:
+        """Derivative of `f` at `u` along `du` by forward mode; the framework can differentiate it once more."""
+        raise NotImplementedError
+
+    def fixed(self, x: Any, name: str) -> Any:
+        """`x`, of which no derivative may be asked: one that is raises `UnsupportedCombination` with the `name`."""
+        del name
+        return x
 
     def loss_vjp(self, loss: Callable, args: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]] | None:
         """Value and gradient of a scalar user function of arrays, or None where the framework cannot."""

@@ -41,7 +41,8 @@ class DenseOutput:
                                  "the solver does not extrapolate", "choose t inside the span")
         direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
         stepper = bound(run, x)
-        rows = be.sample(stepper.interpolate, self.log, be.scalars(ts), x.u0, direction)
+        rows = be.sample(stepper.interpolate, self.log, be.scalars(ts), stepper.lift(x.u0), direction)
+        rows = stepper.seen(rows)
         leaves = layout.unravel(be, rows[0, :] if single else rows)
         return be.unflatten(layout.structure, leaves)
 

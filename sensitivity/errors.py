@@ -94,6 +94,13 @@ class IndexTooHigh(UnsupportedCombination):
     code = "SN112"
 
 
+def undefined(name: str) -> tuple[str, str, str]:
+    """The words of the `UnsupportedCombination` for a derivative that a random path does not have."""
+    return (f"a derivative with respect to {name} of a stochastic problem was asked for",
+            "a Brownian path has no derivative in time, and the path itself is given",
+            "differentiate with respect to u0 and p")
+
+
 class CapturedValueError(SensitivityError, ValueError):
     """`f` closes over a value that is being differentiated and that cannot be reached."""
 

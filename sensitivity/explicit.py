@@ -82,22 +82,28 @@ def ones(count: int) -> tuple[float, ...]:
     return (1.0,) * count
 
 
-def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
-    """One step: `(u1, K)` with `K` of shape `(s, n)`; `k` is the first stage of a first-same-as-last method."""
-    u1, K = be.recursion(tab.a, u, h, (be.times(t, h, tab.c),), lambda _, x, v: (v, rhs(x[0], v)), u, k)
+def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Array | None,
+         times: Any = None) -> tuple[Array, Array]:
+    """One step: `(u1, K)` with `K` of shape `(s, n)`; `k` is the first stage of a first-same-as-last method.
+
+    `times` are the first arguments of `rhs`, one per stage, where they are others than the times of the stages.
+    """
+    times = be.times(t, h, tab.c) if times is None else times
+    u1, K = be.recursion(tab.a, u, h, (times,), lambda _, x, v: (v, rhs(x[0], v)), u, k)
     return (u1 if tab.fsal else be.combine(u, h, tab.b, K)), K
 
 
 def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-             state: Adjoint, solver: Any = None) -> Adjoint:
-    """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.
+             state: Adjoint, solver: Any = None, times: Any = None) -> Adjoint:
+    """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`, `times` as in `step`.
 
     With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
     `solver(t, u, h)` solves the linear equation of one stage.
     """
     t, h, u, K = record
     lam, stages_out = state.lam, None if out is None else out.k
-    inputs, times = be.inputs(tab.inner, u, h, K), be.times(t, h, tab.c)
+    inputs = be.inputs(tab.inner, u, h, K)
+    times = be.times(t, h, tab.c) if times is None else times
     base = be.seeds(tab.b, h, lam, stages_out, state.kappa)
     silent_end = tab.fsal and tab.b[-1] == 0.0 and state.kappa is None and stages_out is None
     order = tuple(range(tab.stages - 1 - silent_end, -1 + tab.fsal, -1))
@@ -135,14 +141,15 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
 
 
 def step_jvp(be: Any, tab: Tableau, push: Any, record: Record, dt: Array | None, dh: Array | None,
-             state: Tangent, solver: Any = None) -> tuple[Tangent, Array]:
+             state: Tangent, solver: Any = None, times: Any = None) -> tuple[Tangent, Array]:
     """Push `m` tangents across one step; `push(t, u, du, dt) -> (f, df)`. Returns the new state and `dK` `(s, m, n)`.
 
     `dt` and `dh`, shape `(m,)`, move the start of the step and change its size; `solver` as in `step_vjp`.
     """
     t, h, u, K = record
     m, n = state.u.shape
-    inputs, times = be.inputs(tab.inner, u, h, K), be.times(t, h, tab.c)
+    inputs = be.inputs(tab.inner, u, h, K)
+    times = be.times(t, h, tab.c) if times is None else times
     moves = None if dh is None else be.inputs(tab.inner, 0.0 * u, 1.0, K)
 
     def row(carry: Any, x: tuple, v: Array) -> tuple[Any, Array]:

@@ -21,6 +21,7 @@ from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
 from .solve import build, checked, count, finished, prepare_options, warn_numerical
+from .stochastic import Stochastic
 from .system import Inputs
 from .verdict import judge
 
@@ -78,6 +79,8 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
         raise InputError(f"wrt holds {min(timed)!r}, but a {type(prob).__name__} has no times",
                          "nothing can be differentiated", "wrt='p'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg, names))
+    if isinstance(run.kind, Stochastic):
+        run.kind.refuse_times(names)
     if wrt is None and not x.theta:
         names = ("u0",)
     if "p" in names and not x.theta:

@@ -133,6 +133,10 @@ class Loops(LedgerLoops, Recomputing):
         """Size of the newest step; 1.0 if there is none."""
         return log[-1].h if log else 1.0
 
+    def pick(self, rows: Array, position: Scalar) -> Array:
+        """The row whose number is nearest to the scalar `position`."""
+        return rows[round(position), ...]
+
     def spread(self, t0: Any, t1: Any, fractions: Sequence[float]) -> Any:
         """Times `t0 + w (t1 - t0)`, exact at both ends."""
         return [t0 if w == 0.0 else t1 if w == 1.0 else t0 + w * (t1 - t0) for w in fractions]

@@ -18,8 +18,12 @@ from .methods import Method, Tsit5
 from .problems import DDEProblem, ODEProblem
 from .registry import registry
 from .sparsity import pattern_of
+from .stochastic import Pair, SDEProblem, Stochastic, drive
+from .stochasticchecks import check_diffusion, check_steps, method_for
+from .stochasticmethods import StochasticMethod
 from .system import Field, Inputs, Layout, Partition, Products
 
+PROBLEMS: tuple[Any, ...] = (ODEProblem, DDEProblem, SDEProblem)
 MAX_STEPS = 100_000
 MAX_RECORDED = 4096
 MAX_EVENTS = 1000
@@ -38,16 +42,25 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     ------
     InputError, TimesError, ToleranceError, UnsupportedCombination, and the errors of the first-call check.
     """
-    delayed = isinstance(prob, DDEProblem)
-    if not isinstance(prob, ODEProblem) and not delayed:
+    delayed, stochastic = isinstance(prob, DDEProblem), isinstance(prob, SDEProblem)
+    if not isinstance(prob, PROBLEMS):
         raise InputError(f"prob is {type(prob).__name__}, not a problem", "f, u0, tspan and p go together",
                          "sa.solve(sa.ODEProblem(f, u0, tspan, p), sa.Tsit5())")
-    method = Tsit5() if alg is None else alg
-    if isinstance(method, type):
-        raise InputError(f"alg={method.__name__} is a class, not a method", "methods have options",
-                         f"alg={method.__name__}()")
-    if not isinstance(method, Method):
+    if isinstance(alg, type):
+        raise InputError(f"alg={alg.__name__} is a class, not a method", "methods have options",
+                         f"alg={alg.__name__}()")
+    if not (alg is None or isinstance(alg, Method)):
         raise InputError(f"alg={alg!r} is not a method", "methods are objects, not names", "alg=sa.Tsit5()")
+    if stochastic:
+        method: Any = method_for(prob, alg)
+        check_steps({"controller": controller, "dt": dt, "dtmin": dtmin, "dtmax": dtmax, "tstops": tstops,
+                     "events": events})
+    else:
+        method = Tsit5() if alg is None else alg
+        if isinstance(method, StochasticMethod):
+            raise UnsupportedCombination(f"{method.name} is a method for stochastic problems",
+                                         f"a {type(prob).__name__} has no noise",
+                                         "Tsit5(), or SDEProblem(f, g, u0, tspan, p)")
     _choice("probe", probe, ("raise", "warn", "off"))
 
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
@@ -68,7 +81,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     if method.implicit and method.one_step and be.is_complex(u0):
         raise UnsupportedCombination(f"{method.name} cannot solve for a complex state",
                                      "its linear equations are real", "split u into real and imaginary parts")
-    mass = mass_of(prob, method, u_layout.size)
+    mass = None if stochastic else mass_of(prob, method, u_layout.size)
     nonsingular = mass if mass is not None and not mass.singular else None
     if events is not None and mass is not None and mass.singular:
         raise UnsupportedCombination("events do not go with a singular mass matrix", "an affect leaves the constraints",
@@ -79,12 +92,21 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
 
     u_tree = be.unflatten(u_structure, u_leaves)
     p = partition.join(be, theta, constants)
-    f, at, special = prob.f, u_tree, None
+    f, at = prob.f, u_tree
+    special: Any = None
     if delayed:
         f, at, special = delayprepare.opened(be, prob, u_layout, t0, u0, p, method, events, (c0, c1))
     if probe != "off":
         first_call.check(be, prob.remake(f=f), t0, u_tree, p, probe, wrt)
-    f, captured = be.hoist(f, be.time(be.scalar(t0)), at, p)
+    start = be.time(be.scalar(t0))
+    if stochastic:
+        t0, t1, saveat = (be.fixed(v, n) for v, n in ((t0, "t0"), (t1, "t1"), (saveat, "saveat")))
+        g = be.evaluate(prob.g, start, u_tree, p)
+        if probe != "off":
+            check_diffusion(be, prob, method, start, u_tree, p)
+        f, captured = Pair.hoisted(be, prob, start, u_tree, p)
+    else:
+        f, captured = be.hoist(f, start, at, p)
 
     field, theta = Field(f, u_layout, partition, len(captured), nonsingular), (*theta, *captured)
     seen: tuple[Watched, ...] = ()
@@ -104,7 +126,10 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     max_steps, capacity = _limits(be, max_steps, controller, dt, c0, c1, max_events)
     if special is not None:
         max_steps, capacity = special.room(be, max_steps, capacity, given)
-    products = Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity)
+    if stochastic:
+        field, arrays = drive(be, prob, method, field, g, u0, t0, t1, dt, capacity)
+        constants, special = (*constants, *arrays), Stochastic(prob.interpretation)
+    products = Products() if stochastic else Products(prob.vjp, prob.jvp, prob.jac, prob.paramjac, prob.jac_sparsity)
     sparsity = pattern_of(prob.jac_sparsity, u_layout.size) if method.implicit and method.one_step else None
     if nonsingular is not None:
         sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)

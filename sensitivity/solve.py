@@ -27,11 +27,12 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
 
     Parameters
     ----------
-    prob : ODEProblem, SteadyStateProblem or EnsembleProblem
+    prob : ODEProblem, DDEProblem, SDEProblem, SteadyStateProblem or EnsembleProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
-        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. Steady states: `Newton()
-        PseudoTransient()`; the first, then the second, if not given.
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. For an SDEProblem
+        `EulerMaruyama() Milstein() StochasticHeun() ReversibleHeun() ShARK()`; one that suits the noise if not given.
+        Steady states: `Newton() PseudoTransient()`; the first, then the second, if not given.
     sensealg : sensitivity algorithm or auto
         How derivatives are made when they are asked for.
     saveat : None, array, int or "steps"

@@ -87,6 +87,22 @@ class Stepper:
         """What the first step of a segment needs to know beforehand: `f(t, u)`, or None."""
         return self.rhs(t, u) if self.fsal else None
 
+    def lift(self, u: Array) -> Array:
+        """The vector that the steps carry, made of a state; linear. Most methods carry the state itself."""
+        return u
+
+    def lift_vjp(self, ct: Array) -> Array:
+        """The transpose of `lift`."""
+        return ct
+
+    def seen(self, rows: Array) -> Array:
+        """The states in what the steps carry, along the last axis; linear."""
+        return rows
+
+    def seen_vjp(self, ct: Array) -> Array:
+        """The transpose of `seen`."""
+        return ct
+
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
         """One step from `u` with the carried slope `k`: the new state and the stage derivatives `K` `(s, n)`."""
         raise NotImplementedError
@@ -125,7 +141,7 @@ class Stepper:
         return self.step(t, h, u, self.first(self.be.time(t), u))[1]
 
     def interpolate(self, record: Record, ts: Any) -> Array:
-        """Dense output of one step at several times: `(len(ts), n)`."""
+        """Dense output of one step at several times: `(len(ts), n)`, of what the steps carry."""
         raise NotImplementedError
 
     def slope(self, record: Record, ts: Any) -> Array:

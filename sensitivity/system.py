@@ -141,6 +141,10 @@ class Field:
         """The state as `f` receives it."""
         return be.unflatten(self.u.structure, self.u.unravel(be, u))
 
+    def argument(self, be: Backend, t: Any) -> Any:
+        """What `rhs` takes as its first argument at time `t`."""
+        return be.time(t)
+
     def _bare(self, be: Backend) -> bool:
         """Whether the state is one array, not a container."""
         marker = object()

@@ -44,7 +44,7 @@ def _disagreement(run: Run, x: Inputs, size: int) -> str | None:
     be = run.be
     s = span(be, x.t0, x.t1)
     ct = be.vector([1.0 + 0.25 * i / size for i in range(size)], x.u0)
-    t, agree = be.time(s.t0), _agree if x.u0.shape[0] <= ENTRYWISE else _agree_along
+    t, agree = run.field.argument(be, s.t0), _agree if x.u0.shape[0] <= ENTRYWISE else _agree_along
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the values decide, not what AD says on the way

@@ -92,8 +92,11 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "test_gradient_is_that_of_keeping_everything", "test_discrete_adjoint_is_exact",
                "test_stiff_problems", "jax-dae_", "test_constraints_hold", "test_outputs_between",
                "test_attached_to_the", "mixed-", "test_ten_thousand", "test_sizes", "test_around_the_switch",
-               "test_in_every_framework[jax-Heun", "test_tangents_are_the_transpose", "test_solving_alone")
-QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]", "mixed-1", "jax-501")
+               "test_in_every_framework[jax-Heun", "test_tangents_are_the_transpose", "test_solving_alone",
+               "pathwise", "test_undone_steps", "are_the_transpose",
+               "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]")
+QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]", "mixed-1", "jax-501",
+                "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]")
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.core import trace_state_clean
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.random import threefry2x32_p
 
 from sensitivity.backend import Backend
+from sensitivity.errors import UnsupportedCombination, undefined
 from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
@@ -213,6 +217,14 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def linear_solve(self, apply, transposed, b, solver):
         return lax.custom_linear_solve(apply, b, solver, lambda _, b: solver(transposed, b))
 
+    # -- random numbers ---------------------------------------------------------------------------------------------
+
+    def word(self):
+        return jnp.uint32
+
+    def threefry(self, k0, k1, x0, x1):
+        return threefry2x32_p.bind(*jnp.broadcast_arrays(k0, k1, x0, x1))
+
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, algorithm, name, run, args, wanted):
@@ -254,7 +266,7 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         def push(t, u, du, dt):
             t = jnp.asarray(t)
             out, along = jax.linearize(lambda t, u, th: f(th)(t, u), t, u, theta)
-            dt = jnp.zeros(du.shape[0], t.dtype) if dt is None else dt.astype(t.dtype)
+            dt = jnp.zeros((du.shape[0], *t.shape), t.dtype) if dt is None else dt.astype(t.dtype)
             return out, jax.vmap(along)(dt, du, d_theta)
 
         return push
@@ -282,6 +294,12 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
 
     def shifted(self, J, c, M=None):
         return super().shifted(J, jnp.asarray(c, J.dtype), M)
+
+    def along(self, f, u, du):
+        return jax.jvp(f, (u,), (du,))[1]
+
+    def fixed(self, x, name):
+        return _fixed(name, x) if isinstance(x, jax.core.Tracer) else x
 
     def loss_vjp(self, loss, args):
         value, grads = jax.value_and_grad(lambda xs: loss(*xs))(tuple(args))
@@ -331,6 +349,18 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         return jax.eval_shape(f, t, u, p)
 
 
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fixed(name, x):
+    return x
+
+
+@partial(_fixed.defjvp, symbolic_zeros=True)
+def _refuse(name, primals, tangents):
+    if not isinstance(tangents[0], SymbolicZero):
+        raise UnsupportedCombination(*undefined(name))
+    return primals[0], tangents[0]
 
 
 class _Through(BoundedLoops, JaxBackend):

@@ -316,6 +316,9 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
 
     # -- save times -------------------------------------------------------------------------------------------------
 
+    def pick(self, rows, position):
+        return lax.dynamic_index_in_dim(rows, jnp.round(position).astype(jnp.int32), 0, False)
+
     def spread(self, t0, t1, fractions):
         w = jnp.asarray(fractions)
         return jnp.where(w == 0.0, t0, jnp.where(w == 1.0, t1, t0 + w * (t1 - t0)))

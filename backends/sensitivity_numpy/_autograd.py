@@ -49,8 +49,8 @@ def jvp(f, theta, d_theta):
 
     def push(t, u, du, dt):
         m = du.shape[0]
-        x = (float(t), u, *theta)
-        directions = (np.zeros(m) if dt is None else dt, du, *d_theta)
+        x = (t if np.ndim(t) else float(t), u, *theta)
+        directions = (np.zeros((m, *np.shape(t))) if dt is None else dt, du, *d_theta)
         backward, out = make_vjp(lambda x: f(tuple(x[2:]))(x[0], x[1]), x)
         n = np.shape(out)[0]
         if n <= m:
@@ -65,6 +65,14 @@ def jvp(f, theta, d_theta):
         return out, np.stack([twice(tuple(d[i] for d in directions)) for i in range(m)])
 
     return push
+
+
+def directional(f, u, du):
+    """The derivative of `f` at `u` along `du`, as the transpose of the product with the transposed Jacobian."""
+    def pulled(v):
+        return make_vjp(f, u)[0](v)
+
+    return make_vjp(pulled, np.zeros(u.shape, u.dtype))[0](du)
 
 
 def _dots(directions, bar):

@@ -91,6 +91,12 @@ class NumpyBackend(Backend):
     def from_bytes(self, raw, like):
         return np.frombuffer(bytearray(raw), dtype=like.dtype)
 
+    def word(self):
+        return np.uint32
+
+    def counters(self, n, like):
+        return np.arange(n, dtype=np.uint32)
+
     # -- matrix recursions --------------------------------------------------------------------------------------
 
     def _rows(self, a, like):
@@ -249,6 +255,11 @@ class NumpyBackend(Backend):
 
         solve.nbytes = lu.nbytes
         return solve
+
+    def along(self, f, u, du):
+        from . import _autograd
+
+        return _autograd.directional(f, u, du)
 
     def loss_vjp(self, loss, args):
         if "reverse" not in self.modes:

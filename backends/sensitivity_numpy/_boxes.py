@@ -7,6 +7,7 @@ from autograd.extend import Box
 from autograd.tracer import getval
 
 from sensitivity.backend import Backend
+from sensitivity.errors import UnsupportedCombination, undefined
 
 
 class Namespace:
@@ -105,6 +106,22 @@ class BoxBackend(Backend):
         if isinstance(ts, list) and any(isinstance(t, Box) for t in ts):
             return anp.stack([anp.reshape(t, ()) for t in ts])
         return ts if isinstance(ts, Box) else np.asarray(ts, dtype=float)
+
+    def word(self):
+        return np.uint32
+
+    def counters(self, n, like):
+        return np.arange(n, dtype=np.uint32)
+
+    def along(self, f, u, du):
+        from . import _autograd
+
+        return _autograd.directional(f, u, du)
+
+    def fixed(self, x, name):
+        if isinstance(x, Box):
+            raise UnsupportedCombination(*undefined(name))
+        return x
 
     def detached(self, x):
         return x._replace(t0=value(x.t0), t1=value(x.t1))

@@ -249,6 +249,20 @@ def jvp(f, theta, d_theta):
     return push
 
 
+def directional(f, u, du):
+    """The derivative of `f` at `u` along `du`, as the transpose of the product with the transposed Jacobian."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        u = u if u.requires_grad else u.detach().requires_grad_()
+        out = f(u)
+        ct = torch.zeros_like(out, requires_grad=True)
+        (g,) = torch.autograd.grad(out, u, ct, create_graph=True, allow_unused=True) if out.requires_grad else (None,)
+        if g is None or not g.requires_grad:
+            return torch.zeros_like(du)
+        (along,) = torch.autograd.grad(g, ct, du, create_graph=keep)
+    return along
+
+
 def _rows(g, ct, d, du):
     if du.shape[0] > 3:
         try:

@@ -7,6 +7,7 @@ from array_api_compat import torch as xp
 
 from sensitivity.backend import Backend
 from sensitivity.compressed import splu
+from sensitivity.errors import UnsupportedCombination, undefined
 
 from . import _attach, _autodiff, _levels
 
@@ -265,6 +266,14 @@ class TorchBackend(Backend):
 
     def jacobian(self, rhs):
         return _autodiff.jacobian(rhs)
+
+    def along(self, f, u, du):
+        return _autodiff.directional(f, u, du)
+
+    def fixed(self, x, name):
+        if isinstance(x, torch.Tensor) and _levels.moving(x):
+            raise UnsupportedCombination(*undefined(name))
+        return x
 
     def loss_vjp(self, loss, args):
         return _autodiff.loss_vjp(loss, args)

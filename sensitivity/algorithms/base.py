@@ -96,7 +96,7 @@ class SensitivityAlgorithm:
         `TangentField` (see `sensitivity.second`).
     closed : whether the results of a solve are all that its derivatives need.
     twice : what to do where it gives no second derivatives.
-    kinds : which kinds of problems it serves: "ode", "steady".
+    kinds : which kinds of problems it serves: "ode", "sde", "steady".
     undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
     """
 
@@ -211,6 +211,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     timed = run.saves not in (None, "steps")
     ts = save_times(run, x, s) if timed else None
     u0, spent = stepper.start(be.time(s.t0), x.u0)
+    u0 = stepper.lift(u0)
     sink = None
     if keep or run.dense or run.saves == "steps":
         sink = be.store(run.capacity)
@@ -229,11 +230,12 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         u = kept
         if keep or run.dense:
             u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, u0, s.direction)
-        u = be.reached(u, ts, end.t, s.direction)
+        u = be.reached(stepper.seen(u), ts, end.t, s.direction)
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t)
+        u = stepper.seen(u)
     else:
-        u, ts = end.u[None, :], [end.t]
+        u, ts = stepper.seen(end.u[None, :]), [end.t]
     nodes = stages = mesh = None
     if run.dense and run.method.one_step:
         times, sizes, nodes, stages = be.stacked(kept)

@@ -18,6 +18,7 @@ class DirectAdjoint(base.SensitivityAlgorithm):
     """The framework's AD through the loop, forward and reverse; memory grows with every operation of every step."""
 
     exact: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     boundary: ClassVar[bool] = False
 
     def refuse(self, run: Run) -> None:

@@ -72,6 +72,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     events: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016", "griewank2000", "wang2009")
 
@@ -124,14 +125,14 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         time = base.times_wanted(wanted) or bool(run.events)
         s = span(be, x.t0, x.t1)
         pull = run.vjp.pullback(run, x, time=time, params=params)
-        lam, extra, ts_bar = 0.0 * x.u0, None, None
+        lam, extra, ts_bar = stepper.lift(0.0 * x.u0), None, None
         if run.saves is None:
-            lam = ct.u[0, :]
+            lam = stepper.seen_vjp(ct.u)[0, :]
         elif run.saves == "steps":
-            extra, lam = be.nodes_vjp(log, ct.u)
+            extra, lam = be.nodes_vjp(log, stepper.seen_vjp(ct.u))
         else:
             ts = base.save_times(run, x, s)
-            extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, ct.u, s.direction)
+            extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, stepper.seen_vjp(ct.u), s.direction)
         if ct.nodes is not None:
             extra = be.stacked_vjp(log, ct.nodes, ct.stages, extra)
         state = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, be.zeros(x.theta) if params else (), 0.0, 0.0)
@@ -160,6 +161,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if stepper.algebraic:
             lam, theta_bar, t_bar = stepper.start_vjp(pull, be.time(s.t0), u0, lam)
             theta, t0_bar = be.add(theta, theta_bar), t0_bar + t_bar
+        lam = stepper.lift_vjp(lam)
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status)
 

@@ -34,6 +34,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     exact: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     events: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 

@@ -33,7 +33,6 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     """Push directions through the accepted steps of a solve: `(m, k, n)` at its outputs; with events, `Outputs`."""
     be, xp = run.be, run.be.xp
     (x, log, end), stepper = base.opened(run, solved)
-    m, n = d.u0.shape
     timed = run.saves not in (None, "steps")
     moving = bool(run.events) or not (d.t0 is None and d.t1 is None and d.saveat is None)
     zero: Array = d.u0[:, 0] * 0.0
@@ -43,6 +42,8 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     u0, _ = stepper.start(be.time(s.t0), x.u0)
     if stepper.algebraic:
         d = d._replace(u0=stepper.start_jvp(push, be.time(s.t0), u0, d.u0, dt0 if moving else None))
+    du0 = stepper.lift(d.u0)
+    m, n = du0.shape
     slope0 = stepper.first_jvp(push, be.time(s.t0), u0, d.u0, dt0 if moving else None) if stepper.fsal else None
     jump = Jumps(run, x, stepper, push, d.theta) if run.events else None
 
@@ -61,17 +62,17 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
             stages = xp.concat([stages, xp.zeros_like(stages[:, :1]) + 0.0 * xp.concat([dt, dh])[None, :]], axis=1)
         return after, Record(record.t, record.h, xp.concat(rows), stages)
 
-    example = (zero, xp.reshape(d.u0, (m * n,)))
-    start = Ahead(Tangent(d.u0, slope0), dt0 if moving else None, 0,
+    example = (zero, xp.reshape(du0, (m * n,)))
+    start = Ahead(Tangent(du0, slope0), dt0 if moving else None, 0,
                   be.ledger(example, run.max_events) if run.events else None)
     state, tangents = be.follow(ahead, start, log)
     du = _at_outputs(run, x, solved, stepper, log, tangents, state, d, (dt0, dt1)) if timed else None
     if run.saves is None:
-        du = state.node.u[:, None, :]
+        du = stepper.seen(state.node.u)[:, None, :]
     elif run.saves == "steps":
         flat = xp.concat([xp.reshape(state.node.u, (m * n,)), *([dt0, dt1] if moving else [])])
         rows = be.nodes(tangents, flat, end.t)[0][:, :m * n]
-        du = xp.permute_dims(xp.reshape(rows, (-1, m, n)), (1, 0, 2))
+        du = stepper.seen(xp.permute_dims(xp.reshape(rows, (-1, m, n)), (1, 0, 2)))
     if not run.events:
         return du
     dt, du_event = be.columns(state.events, example)
@@ -83,13 +84,14 @@ def _at_outputs(run: Run, x: Inputs, solved: base.Solved, stepper: Stepper, log:
                 d: base.Tangents, ends: tuple[Array, Array]) -> Array:
     """Tangents at the save times `(m, k, n)`: of the dense output, and of where in its step each time lies."""
     be, xp = run.be, run.be.xp
-    m, n = d.u0.shape
+    du0 = stepper.lift(d.u0)
+    m, n = du0.shape
     s = span(be, x.t0, x.t1)
     ts = base.save_times(run, x, s)
     moving = state.dt is not None
-    first = [xp.reshape(d.u0, (m * n,))] + ([ends[0], 0.0 * ends[0]] if moving else [])
+    first = [xp.reshape(du0, (m * n,))] + ([ends[0], 0.0 * ends[0]] if moving else [])
     rows = be.sample(stepper.interpolate, tangents, ts, xp.concat(first), s.direction)
-    du = xp.permute_dims(xp.reshape(rows[:, :m * n], (-1, m, n)), (1, 0, 2))
+    du = stepper.seen(xp.permute_dims(xp.reshape(rows[:, :m * n], (-1, m, n)), (1, 0, 2)))
     if not moving:
         return du
     start = xp.permute_dims(rows[:, m * n:m * n + m], (1, 0))

@@ -58,7 +58,7 @@ def checks(name: str) -> Iterator[Check]:
             title = title.removeprefix("check_")
             wants = list(inspect.signature(function).parameters)[1:]
             if wants == ["algorithm"]:
-                for kind in algorithms().values():
+                for kind in (v for v in algorithms().values() if "ode" in v.kinds):
                     yield Check(f"{title}[{kind.__name__}]", name, function, (kind(),))
             elif wants == ["vjp"]:
                 for choice in VJPS:

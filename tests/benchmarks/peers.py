@@ -35,9 +35,18 @@ def diffrax(adjoint: str, problem: Problem):
     controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(**tolerances)
     saveat = diffrax.SaveAt(t1=True) if problem.saveat is None else diffrax.SaveAt(ts=problem.saveat)
 
+    term = diffrax.ODETerm(problem.f)
+    if problem.g is not None:
+        import jax
+        import lineax
+
+        path = diffrax.VirtualBrownianTree(*problem.tspan, problem.dt / 2, problem.u0.shape, jax.random.key(0))
+        noise = diffrax.ControlTerm(lambda t, u, p: lineax.DiagonalLinearOperator(problem.g(t, u, p)), path)
+        term = diffrax.MultiTerm(term, noise)
+
     def solve(p, u0):
         return diffrax.diffeqsolve(
-            diffrax.ODETerm(problem.f), solver, *problem.tspan, problem.dt, u0, p,
+            term, solver, *problem.tspan, problem.dt, u0, p,
             saveat=saveat, stepsize_controller=controller, adjoint=getattr(diffrax, adjoint)(),
         ).ys  # fmt: skip
 

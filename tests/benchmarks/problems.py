@@ -65,6 +65,7 @@ class Problem(NamedTuple):
     small: float = 1.0  # atol in units of rtol
     tight: float = 1e-11  # tolerance of the reference; it changes nothing where the step is fixed
     past: tuple[Callable, Callable] | None = None  # history and lags; f is then f(t, u, h, p)
+    g: Callable | None = None  # diagonal noise (Ito), by Euler and Maruyama with step dt
 
 
 def jax_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
@@ -195,7 +196,15 @@ def thousand_steps(ops: Ops) -> Problem:
     return Problem(lambda t, u, p: zero, ops.array(np.ones(2)), (0.0, 1000.0), ops.array(np.ones(1)), dtmax=1.0)
 
 
+def geometric_motion(ops: Ops) -> Problem:
+    """32 members of 3 entries, 200 steps. Each side draws its own path; the noise is too faint to tell them apart."""
+    u0 = ops.array(np.ones((32, 3)))
+    return Problem(lambda t, u, p: p * u, u0, (0.0, 1.0), ops.array(np.array([0.3, -0.5, 0.1])), mean_square, dt=0.005,
+                   g=lambda t, u, p: 1e-9 * u)
+
+
 PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
+    "noise-96": geometric_motion,
     "lotka-volterra": lotka_volterra,
     "robertson": robertson,
     "ensemble-1000": lambda ops: lotka_volterra(ops, members=1000),
@@ -264,6 +273,8 @@ ROWS: dict[str, list[Row]] = {
         Row("euler-mlp-1", "compile", "RecursiveCheckpointAdjoint", _recursive),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", _recursive, 1.6),
         Row("euler-mlp-100", "gradient", "InterpolatingAdjoint", _backsolve),
+        Row("noise-96", "gradient", "RecursiveCheckpointAdjoint", _recursive),
+        Row("noise-96", "compile", "RecursiveCheckpointAdjoint", _recursive),
         Row("ensemble-1000", "gradient", "auto", _recursive, 2),
         Row("ensemble-1000", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2),
         Row("ensemble-1000", "gradient", "ForwardSensitivity", _backsolve),

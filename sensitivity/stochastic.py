@@ -1,0 +1,269 @@
+"""Stochastic differential equations: the problem, its field driven by a path, and the checks that belong to it.
+
+    du = f(t, u, p) dt + g(t, u, p) dW
+
+in the sense of Ito or of Stratonovich. The solve sees it as a field `rhs(a, u) = delta f + g w + (g_u g) v` whose
+first argument `a = [t, delta, w, v]` holds time and what the path does during a step (`stochasticmethods.py`). So all
+products with derivatives, of f and of g, are products of one field, and everything that serves ODEs serves here.
+Increments of the path are computed for all steps at once, from the path's own arrays, wherever they are needed:
+forward, replay, reverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .backend import Array, Backend, Scalar
+from .errors import InputError, SignatureError, TimesError, UnsupportedCombination, undefined
+from .noise import DEEPEST, Path, Tree, words
+from .problems import ODEProblem
+from .stochasticchecks import action, check_path
+from .stochasticmethods import Scheme, StochasticMethod
+from .system import Field
+
+NOISES = ("diagonal", "scalar", "additive", "general")
+INTERPRETATIONS = ("ito", "stratonovich")
+
+
+@dataclass(frozen=True, eq=False)
+class SDEProblem:
+    """Initial value problem `du = f(t, u, p) dt + g(t, u, p) dW`, `u(t0) = u0`.
+
+    Parameters
+    ----------
+    f, g : callable
+        Drift and diffusion. `g(t, u, p)` has the structure and shapes of `u`, or, for general noise, one more axis of
+        length m at the end of each array.
+    u0 : pytree of arrays
+        Initial state; many members in one array make a batch, each entry with a noise of its own when diagonal.
+    tspan : (t0, t1)
+        Start and end, `t0 < t1`.
+    p : pytree, optional
+        Parameters handed to `f` and `g`.
+    noise : "diagonal", "scalar", "additive" or "general"
+        One noise per entry of u (entry i of g depends on entry i of u only); one noise for all; g independent of u
+        (shaped as for diagonal or for general noise); m noises.
+    interpretation : "ito" or "stratonovich"
+        Which integral is meant; for additive noise they are the same.
+    key : int or array of two integers
+        The path, where `brownian` is not given: a Brownian tree as deep as the steps need.
+    brownian : VirtualBrownianTree or TabulatedPath, optional
+        The path.
+
+    Raises
+    ------
+    SignatureError
+        `f` or `g` is not callable.
+    InputError
+        `tspan` is not a pair; `noise`, `interpretation` or `brownian` is none of the possible values.
+    """
+
+    f: Callable[..., Any]
+    g: Callable[..., Any]
+    u0: Any
+    tspan: tuple[Any, Any]
+    p: Any = None
+    _: dataclasses.KW_ONLY
+    noise: str = "diagonal"
+    interpretation: str = "ito"
+    key: Any = 0
+    brownian: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("f", "g"):
+            if not callable(value := getattr(self, name)):
+                raise SignatureError(f"{name} is {type(value).__name__}, which cannot be called",
+                                     "drift and diffusion are functions of time, state and parameters",
+                                     f"SDEProblem(f, g, u0, tspan, p) with def {name}(t, u, p): ...")
+        try:
+            t0, t1 = self.tspan
+        except (TypeError, ValueError):
+            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
+                             "tspan=(0.0, 1.0)") from None
+        for name, allowed in (("noise", NOISES), ("interpretation", INTERPRETATIONS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"{name}={value!r} is none of the possible values",
+                                 f"they are {', '.join(map(repr, allowed))}", f"{name}={allowed[0]!r}")
+        if self.brownian is not None and not isinstance(self.brownian, Path):
+            raise InputError(f"brownian is {type(self.brownian).__name__}, which is no path",
+                             "steps ask it for increments at any time",
+                             "brownian=sa.VirtualBrownianTree(key, tspan, tol), or sa.TabulatedPath(ts, W)")
+        object.__setattr__(self, "tspan", (t0, t1))
+
+    remake = ODEProblem.remake
+
+
+# -- what the solve works with ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """What a run knows of its kind."""
+
+    interpretation: str
+    name = "sde"
+
+    def products(self, run: Any, x: Any) -> tuple[Any, Any]:
+        """Run and inputs with which derivatives of the field are made."""
+        return run, x
+
+    def algorithm(self, algorithm: Any) -> Any:
+        """The algorithm, or `UnsupportedCombination` if it cannot serve SDEs."""
+        if self.name not in algorithm.kinds:
+            why = REFUSED.get(algorithm.name, "it was made for ordinary differential equations")
+            raise UnsupportedCombination(f"{algorithm.name} does not go with an SDEProblem", why,
+                                         "sensealg=RecursiveCheckpointAdjoint() or ForwardADSensitivity(), exact for "
+                                         "the computed solution")
+        return algorithm
+
+    def refuse_times(self, names: tuple[str, ...]) -> None:
+        """Raise `UnsupportedCombination` if derivatives with respect to times are asked for."""
+        for name in names:
+            if name in ("t0", "t1", "saveat"):
+                raise UnsupportedCombination(*undefined(name))
+
+
+REFUSED = {
+    "QuadratureAdjoint": "its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
+    "GaussAdjoint": "its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
+    "ForwardOverAdjoint": "second derivatives through steps with noise have not been written",
+    "ForwardSensitivity": "error control of the derivatives needs adaptive steps, and steps here are fixed",
+    "InterpolatingAdjoint": "the state between the steps is not known to the order of the method",
+    "BacksolveAdjoint": "its backward equation is a Stratonovich one that has not been written for paths yet",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Drift and diffusion as one function; of the captured arrays the first `split` are the drift's."""
+
+    f: Callable[..., Any]
+    g: Callable[..., Any]
+    split: int
+
+    @classmethod
+    def hoisted(cls, be: Any, prob: Any, t: Any, u: Any, p: Any) -> tuple[Pair, tuple[Array, ...]]:
+        """What `f` and `g` close over made explicit (`Backend.hoist`)."""
+        f, with_f = be.hoist(prob.f, t, u, p)
+        g, with_g = be.hoist(prob.g, t, u, p)
+        return cls(f, g, len(with_f)), (*with_f, *with_g)
+
+    @property
+    def live(self) -> tuple[Array, ...]:
+        """What `f` and `g` find by themselves."""
+        return (*getattr(self.f, "live", ()), *getattr(self.g, "live", ()))
+
+    def __call__(self, t: Any, u: Any, p: Any, *captured: Array) -> list[Any]:
+        k = self.split
+        return [self.f(t, u, p, *captured[:k]), self.g(t, u, p, *captured[k:])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyField(Field):
+    """A field driven by a path.
+
+    Attributes
+    ----------
+    acts : "each", "one" or "all"
+        How g meets the noise: entry by entry, one noise for all entries, or as a matrix.
+    m : number of noises.
+    squares : whether the term of Milstein's method is wanted.
+    law, kept : the path's law, and how many arrays at the end of the constants are its own, before t0 and t1.
+    dt, steps : step size, and number of steps.
+    dtype : of the state, and so of all that the stages are told.
+    """
+
+    acts: str
+    m: int
+    squares: bool
+    law: Any
+    kept: int
+    dt: float
+    steps: int
+    dtype: Any
+
+    def argument(self, be: Backend, t: Any) -> Array:
+        like = be.asarray([0.0], dtype=self.dtype, device=be.device(be.asarray(t)))
+        return be.xp.concat([be.vector([t], like), be.vector([1.0] * (1 + self.m * (1 + self.squares)), like)])
+
+    def bind(self, be: Backend, theta: tuple[Array, ...], constants: tuple[Array, ...]) -> DrivenRHS:
+        k = self.p.count
+        return DrivenRHS(self, be, self.p.join(be, theta[:k], constants), theta[k:k + self.captured], constants)
+
+
+class DrivenRHS:
+    """`rhs(a, u) = delta f + g w + (g_u g) v` at `a = [t, delta, w, v]`."""
+
+    def __init__(self, field: NoisyField, be: Any, p: Any, captured: tuple[Array, ...], constants: Any) -> None:
+        self.field, self.be, self.p, self.captured, self.constants = field, be, p, captured, constants
+
+    def __call__(self, a: Array, u: Array) -> Array:
+        field, be, m = self.field, self.be, self.field.m
+        t, w = a[0], a[2:2 + m]
+        f, g = self._parts(be, t, u)
+        out = a[1] * f + self._driven(g, w)
+        if field.squares:
+            through = be.differentiable()
+            along = be.along(lambda v: self._parts(through, t, v)[1], u, g)
+            out = out + self._driven(along, a[2 + m:])
+        return out
+
+    def _parts(self, be: Any, t: Any, u: Array) -> tuple[Array, Array]:
+        """Drift `(n,)`, and diffusion `(n,)` or `(n, m)`."""
+        field = self.field
+        f, g = field.f(t, be.unflatten(field.u.structure, field.u.unravel(be, u)), self.p, *self.captured)
+        drift = field.u.ravel(be, be.flatten(f)[0])
+        if field.acts != "all":
+            return drift, field.u.ravel(be, be.flatten(g)[0])
+        rows = [be.xp.reshape(x, (-1, field.m)) for x in be.flatten(g)[0]]
+        return drift, rows[0] if len(rows) == 1 else be.xp.concat(rows)
+
+    def _driven(self, g: Array, w: Array) -> Array:
+        if self.field.acts == "all":
+            return g @ self.be.xp.astype(w, g.dtype)
+        return g * w if self.field.acts == "each" else g * w[0]
+
+    def stages(self, scheme: Scheme) -> Callable[[Scalar], Array]:
+        """`t -> (s, 2 + m ...)`: the first arguments of the stages of the step that starts at `t`."""
+        field, be, xp = self.field, self.be, self.be.xp
+        *arrays, t0, t1 = self.constants[-field.kept - 2:]
+        n = be.asarray(range(field.steps + 1), dtype=t0.dtype, device=be.device(t0))
+        s = xp.minimum(t0 + field.dt * n, t1)
+        W, A = field.law(be, tuple(arrays), field.m, s)
+        h = s[1:] - s[:-1]
+        h = xp.where(h > 0.0, h, xp.full_like(h, field.dt))[:, None]
+        dW = W[1:, :] - W[:-1, :]
+        H = (A[1:, :] - A[:-1, :]) / h - W[:-1, :] - 0.5 * dW
+        rows = []
+        for c, delta, alpha, beta in zip(scheme.tableau.c, scheme.delta, scheme.alpha, scheme.beta, strict=True):
+            row = [s[:-1, None] + c * h, xp.full_like(h, delta), (alpha * dW + beta * H) / h]
+            rows.append(xp.concat(row + [0.5 * (dW * dW / h - 1.0)] * scheme.squares, axis=1))
+        arguments = xp.astype(xp.stack(rows, axis=1), field.dtype)
+        start = be.scalar(t0)
+        return lambda t: be.pick(arguments, (be.scalar(t) - start) / field.dt)
+
+
+def drive(be: Any, prob: SDEProblem, method: StochasticMethod, base: Field, g: Any, like: Array, t0: Array, t1: Array,
+          dt: float, steps: int) -> tuple[NoisyField, tuple[Array, ...]]:
+    """The driven field, and the arrays that it finds at the end of the constants; `g` is `g` at the start."""
+    acts, m = action(be, prob, base, g)
+    if be.is_complex(like):
+        raise UnsupportedCombination("u0 is complex", "the noise is real", "u0 as pairs of real numbers")
+    c0, c1 = be.concrete(t0), be.concrete(t1)
+    if c0 is not None and c1 is not None and not c1 > c0:
+        raise TimesError(f"tspan=({c0:g}, {c1:g}) of an SDEProblem does not run forwards",
+                         "noise at later times is independent of the state",
+                         f"tspan=({min(c0, c1):g}, {max(c0, c1):g})")
+    path = prob.brownian
+    if path is None:
+        law: Any = Tree(min(DEEPEST, max(0, (steps - 1).bit_length())))
+        arrays: tuple[Array, ...] = (words(be, prob.key), t0, t1)
+    else:
+        law, arrays = path.law, path.arrays(be, like)
+        check_path(be, path, m, dt, c0, c1)
+    field = NoisyField(base.f, base.u, base.p, base.captured, acts=acts, m=m, squares=method.scheme.squares, law=law,
+                       kept=len(arrays), dt=dt, steps=steps, dtype=like.dtype)
+    return field, (*arrays, t0, t1)

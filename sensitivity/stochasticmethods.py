@@ -1,0 +1,240 @@
+"""One-step methods for stochastic differential equations, as Runge-Kutta methods for a field that is driven by noise.
+
+A step over `[t, t + h]` sees the increment `dW` and the space-time Levy area `H` of the path there. Its stages evaluate
+
+    F_i(U) = delta_i f(t + c_i h, U) + g(t + c_i h, U) w_i + (g_u g)(t + c_i h, U) v,
+    w_i = (alpha_i dW + beta_i H) / h,   v = (dW^2 / h - 1) / 2,
+
+so that the formulas of `explicit.py`, their transposes and their tangents serve with `h F_i` in place of `h f`. The
+last term belongs to Milstein's method alone. Between the nodes, output is linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from . import explicit, tableaus
+from .backend import Array, Contribution, Record, Scalar
+from .errors import UnsupportedCombination, undefined
+from .explicit import Explicit
+from .methods import Method
+from .stepper import Adjoint, Stepper, Tangent
+from .tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Coefficients: a tableau, and for every stage `delta`, `alpha`, `beta`; `squares` asks for the term with `v`."""
+
+    tableau: Tableau
+    delta: tuple[float, ...]
+    alpha: tuple[float, ...]
+    beta: tuple[float, ...]
+    squares: bool = False
+
+    @classmethod
+    def of(cls, tableau: Tableau, squares: bool = False) -> Scheme:
+        """The scheme whose stages all see the whole increment."""
+        s = tableau.stages
+        return cls(tableau, (1.0,) * s, (1.0,) * s, (0.0,) * s, squares)
+
+
+EULER = Scheme.of(tableaus.EULER)
+MILSTEIN = Scheme.of(tableaus.EULER, squares=True)
+HEUN = Scheme.of(replace(tableaus.HEUN, error=None, dense=((0.5,), (0.5,)), dense_order=1))
+
+# Foster, dos Reis, Strange 2023, "ShARK": U_1 = u + g H, U_2 = U_1 + 5/6 (h f(U_1) + g dW),
+# u1 = u + h (2/5 f(U_1) + 3/5 f(U_2)) + g dW. Row 0 is g H / h alone. With w_1 = (dW + 3H) / h, w_2 = (dW - 2H) / h the
+# sum of b_i g(t + c_i h) w_i h is g dW + g' h (dW/2 - H), the stochastic integral of a g that changes in time; row 2
+# takes what w_1 adds to U_2 back.
+SHARK = Scheme(
+    Tableau(a=((), (1.0,), (-1.5, 5 / 6)), b=(0.0, 2 / 5, 3 / 5), c=(0.0, 0.0, 5 / 6), order=2,
+            dense=((0.0,), (2 / 5,), (3 / 5,)), dense_order=1),
+    delta=(0.0, 1.0, 1.0), alpha=(0.0, 1.0, 1.0), beta=(1.0, 3.0, -2.0))
+
+
+class Driven(Explicit):
+    """A `Scheme` bound to a driven field; `rhs.stages(scheme)` are the first arguments of its stages in every step."""
+
+    def __init__(self, be: Any, scheme: Scheme, rhs: Any) -> None:
+        super().__init__(be, scheme.tableau, rhs)
+        self.drive = rhs.stages(scheme)
+
+    def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        return explicit.step(self.be, self.tab, self.rhs, t, h, u, k, self.drive(t))
+
+    def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
+            state: Adjoint) -> Adjoint:
+        if time:
+            raise UnsupportedCombination(*undefined("time"))
+        return explicit.step_vjp(self.be, self.tab, pull, record, out, last, time, state,
+                                 times=self.drive(record.t))
+
+    def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
+            state: Tangent) -> tuple[Tangent, Array]:
+        if dt is not None:
+            raise UnsupportedCombination(*undefined("time"))
+        return explicit.step_jvp(self.be, self.tab, push, record, dt, dh, state,
+                                 times=self.drive(record.t))
+
+
+class Reversible(Driven):
+    """Reversible Heun: the steps carry `(y, z)`, of which `y` is seen.
+
+        z1 = 2y - z + h F(t, z),   y1 = y + h/2 (F(t, z) + F(t + h, z1))
+
+    (Kidger, Foster, Li, Lyons 2021, algorithm 1). Algebraically reversible: `z = 2y1 - z1 - h F(t + h, z1)`.
+    """
+
+    def lift(self, u: Array) -> Array:
+        return self.be.xp.concat([u, u], axis=-1)
+
+    def lift_vjp(self, ct: Array) -> Array:
+        y, z = self._parts(ct)
+        return y + z
+
+    def seen(self, rows: Array) -> Array:
+        return self._parts(rows)[0]
+
+    def seen_vjp(self, ct: Array) -> Array:
+        return self.be.xp.concat([ct, 0.0 * ct], axis=-1)
+
+    def _parts(self, x: Array) -> tuple[Array, Array]:
+        n = x.shape[-1] // 2
+        return x[..., :n], x[..., n:]
+
+    def _joined(self, a: Array, b: Array) -> Array:
+        """Stages `(2, 2n)`: what moves y; nothing moves the unseen part between the nodes."""
+        xp = self.be.xp
+        return xp.stack([xp.concat([a, 0.0 * a], axis=-1), xp.concat([b, 0.0 * b], axis=-1)])
+
+    def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        first, second = self._arguments(t)
+        y, z = self._parts(u)
+        a = self.rhs(first, z)
+        z1 = 2.0 * y - z + h * a
+        b = self.rhs(second, z1)
+        return self.be.xp.concat([y + (0.5 * h) * (a + b), z1]), self._joined(a, b)
+
+    def _arguments(self, t: Scalar) -> tuple[Any, Any]:
+        rows = self.drive(t)
+        return rows[0], rows[1]
+
+    def back(self, t: Scalar, h: Scalar, u1: Array) -> tuple[Array, Array]:
+        """The step backwards: what it started from, and its stages."""
+        first, second = self._arguments(t)
+        y1, z1 = self._parts(u1)
+        b = self.rhs(second, z1)
+        z = 2.0 * y1 - z1 - h * b
+        a = self.rhs(first, z)
+        return self.be.xp.concat([y1 - (0.5 * h) * (a + b), z]), self._joined(a, b)
+
+    def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
+            state: Adjoint) -> Adjoint:
+        if time:
+            raise UnsupportedCombination(*undefined("time"))
+        be = self.be
+        first, second = self._arguments(record.t)
+        y, z = self._parts(record.u)
+        h = record.h
+        y_bar, z_bar = self._parts(state.lam)
+        in_a = in_b = (0.5 * h) * y_bar
+        if out is not None and out.k is not None:
+            in_a, in_b = in_a + self._parts(out.k[0, :])[0], in_b + self._parts(out.k[1, :])[0]
+        z1 = 2.0 * y - z + h * self._parts(record.k[0, :])[0]
+        moved, theta_b, _ = pull(second, z1, in_b)
+        z1_bar = z_bar + moved
+        moved, theta_a, _ = pull(first, z, in_a + h * z1_bar)
+        lam = be.xp.concat([y_bar + 2.0 * z1_bar, moved - z1_bar])
+        if out is not None and out.u is not None:
+            lam = lam + out.u
+        return state._replace(lam=lam, theta=be.add(be.add(state.theta, theta_b), theta_a))
+
+    def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
+            state: Tangent) -> tuple[Tangent, Array]:
+        if dt is not None:
+            raise UnsupportedCombination(*undefined("time"))
+        first, second = self._arguments(record.t)
+        y, z = self._parts(record.u)
+        dy, dz = self._parts(state.u)
+        h = record.h
+        a, da = push(first, z, dz, None)
+        dz1 = 2.0 * dy - dz + h * da
+        _, db = push(second, 2.0 * y - z + h * a, dz1, None)
+        du1 = self.be.xp.concat([dy + (0.5 * h) * (da + db), dz1], axis=1)
+        return Tangent(du1, None), self._joined(da, db)
+
+
+@dataclass(frozen=True)
+class StochasticMethod(Method):
+    """Base of the methods for `SDEProblem`; all take fixed steps.
+
+    `interpretation` is the one whose solution a method finds, `noises` are the kinds of noise it is made for.
+    """
+
+    scheme: ClassVar[Scheme]
+    interpretation: ClassVar[str]
+    noises: ClassVar[tuple[str, ...]] = ("diagonal", "scalar", "additive", "general")
+
+    @property
+    def adaptive(self) -> bool:
+        return False
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        return Driven(be, self.scheme, rhs)
+
+
+class EulerMaruyama(StochasticMethod):
+    """Euler and Maruyama: strong order 1/2, 1 for additive noise; weak order 1. Ito (Kloeden, Platen, 10.2)."""
+
+    scheme = EULER
+    interpretation = "ito"
+    references = ("kloeden1992",)
+
+
+class Milstein(StochasticMethod):
+    """Milstein: strong order 1 for diagonal and scalar noise. Ito (Kloeden, Platen, 10.3).
+
+    The derivative of g along itself comes from the framework's forward mode. Diagonal noise means that entry i of g
+    depends on entry i of u only.
+    """
+
+    scheme = MILSTEIN
+    interpretation = "ito"
+    noises = ("diagonal", "scalar", "additive")
+    references = ("kloeden1992",)
+
+
+class StochasticHeun(StochasticMethod):
+    """Heun: strong order 1 for commutative (diagonal, scalar, additive) noise, 1/2 for general noise. Stratonovich
+    (Kloeden, Platen, 15.1; Rumelin 1982)."""
+
+    scheme = HEUN
+    interpretation = "stratonovich"
+    references = ("rumelin1982",)
+
+
+class ReversibleHeun(StochasticMethod):
+    """Reversible Heun: strong order 1/2, 1 for additive noise. Stratonovich (Kidger, Foster, Li, Lyons 2021).
+
+    Its steps can be undone exactly, for gradients without stored states. Stable only close to the imaginary axis: on
+    `u' = -k u` the hidden half of the state grows.
+    """
+
+    scheme = HEUN
+    interpretation = "stratonovich"
+    references = ("kidger2021",)
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        return Reversible(be, self.scheme, rhs)
+
+
+class ShARK(StochasticMethod):
+    """Shifted additive-noise Runge-Kutta: strong order 3/2 for additive noise, with the space-time Levy area of the
+    path (Foster, dos Reis, Strange 2023; here also for a g that changes in time)."""
+
+    scheme = SHARK
+    interpretation = "ito"
+    noises = ("additive",)
+    references = ("foster2023",)
