@@ -120,7 +120,7 @@ def test_import_budget(tmp_path):
     code = "import numpy, time; t = time.thread_time(); import sensitivity; print(1e3 * (time.thread_time() - t))"
     compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     run(code, **compiled)
-    assert min(float(run(code, **compiled)) for _ in range(9)) < 60
+    assert min(float(run(code, **compiled)) for _ in range(9)) < 100
 
 
 # -- layout and package data ------------------------------------------------------------------------------------
