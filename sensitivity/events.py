@@ -237,6 +237,10 @@ class EventField:
     p: Partition
     numbers: int
 
+    def argument(self, be: Any, t: Scalar) -> Any:
+        """The first argument of the bound function at time `t`."""
+        return be.time(t)
+
     def bind(self, be: Any, theta: tuple[Array, ...], constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         g, start, stop = self.function
         p, captured = self.p.join(be, theta[:self.p.count], constants), theta[start:stop]
