@@ -232,6 +232,10 @@ class StageField:
     p: Partition
     count: int
 
+    def argument(self, be: Any, t: Any) -> Any:
+        """The first argument of the bound function at time `t`."""
+        return be.time(t)
+
     @classmethod
     def of(cls, run: Any) -> StageField:
         layout, k = run.field.u, run.kind.count

@@ -157,6 +157,10 @@ class SensitivityAlgorithm:
     def verdict(self, bar: Cotangents, status: float | None, mismatch: float | None) -> None:
         """Warn of, or raise for, what a reverse pass says about itself; None stands for what is only traced."""
 
+    def reverse_failure(self, solution: Any = None) -> SolveError | None:
+        """The algorithm's own words for a reverse pass that failed, if it has any."""
+        return None
+
 
 def weighed(run: Run, moved: Any, ct: Outputs) -> Array:
     """`S^T ct` for tangents of the outputs, one row of `moved` per direction."""
@@ -166,11 +170,6 @@ def weighed(run: Run, moved: Any, ct: Outputs) -> Array:
     terms = [xp.reshape(S, (m, -1)) @ xp.astype(xp.reshape(c, (-1,)), S.dtype)
              for S, c in zip(moved, ct, strict=True) if S is not None and c is not None]
     return sum(terms[1:], terms[0])
-
-    def reverse_failure(self, solution: Any = None) -> SolveError | None:
-        """The algorithm's own words for a reverse pass that failed, if it has any."""
-        return None
-
 
 def save_times(run: Run, x: Inputs, s: Span) -> Any:
     """The save times as scalars; an integer number of them is spread evenly over the span."""
