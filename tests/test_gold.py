@@ -55,7 +55,7 @@ def test_gradients(lab, name, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [
-    sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(rtol=1e-8, atol=1e-8),
+    sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(rtol=1e-9, atol=1e-10),
     pytest.param(sa.ForwardSensitivity(), marks=pytest.mark.slow)], ids=lambda a: a.name)
 @pytest.mark.parametrize("name", STIFF)
 def test_stiff_problems(lab, name, algorithm):

@@ -332,6 +332,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return ts[order], rows[order]
 
     def reached(self, rows, ts, t_end, direction):
+        ts = jnp.stack(ts) if isinstance(ts, list) else ts
         return jnp.where((direction * (ts - t_end) > 0.0)[:, None], jnp.nan, rows)
 
     def nothing(self, like):

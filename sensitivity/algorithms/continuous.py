@@ -263,7 +263,9 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         kept, ct = _ended(run, kept, ct)
         times, u_left, index = be.entries(end.watch.entries, end.u, 0.0)
         times = be.within(times, index, s.t0)
-        u_right = _after(run, pulls, times, u_left, index)
+        which = xp.asarray(xp.astype(be.indices(index), x.u0.dtype), device=be.device(x.u0))[:, None] + 1.0
+        # Where there is room for more events, the stop is the start once more.
+        u_right = xp.where(which > 0.5, _after(run, pulls, times, u_left, index), x.u0[None, :])
         blank = 0.0 * x.u0[None, :]
         saved, lam = xp.concat([ct.u, 0.0 * kept.u[ct.u.shape[0]:, :]]), 0.0 * x.u0
         if run.saves is None:
@@ -272,8 +274,6 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         plain = xp.concat([saved, kept.u, 0.0 * kept.u, 0.0 * kept.u, rest, rest], axis=1)
         first = xp.concat([blank, x.u0[None, :], blank, blank, blank[:, :1], blank[:, :1]], axis=1)
         t_bar = xp.astype(ct.event_t, x.u0.dtype)[:, None]
-        which = xp.astype(be.indices(index), x.u0.dtype)
-        which = xp.asarray(which, device=be.device(x.u0))[:, None] + 1.0
         jumps = xp.concat([0.0 * u_left, u_right, u_left, ct.event_u, t_bar, which], axis=1)
         ts, rows = be.sort_down(be.joined(be.joined(times, kept.ts), [s.t0]), xp.concat([jumps, plain, first]),
                                 s.direction)
