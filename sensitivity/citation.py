@@ -26,6 +26,9 @@ REFERENCES = {
     "dormand1980":
         "J. R. Dormand, P. J. Prince: A family of embedded Runge-Kutta formulae. J. Comput. Appl. Math. 6 (1980) "
         "19-26.",
+    "foster2023":
+        "J. Foster, G. dos Reis, C. Strange: High order splitting methods for SDEs satisfying a commutativity "
+        "condition. arXiv:2210.17543 (2023).",
     "griewank2000":
         "A. Griewank, A. Walther: Algorithm 799: revolve, an implementation of checkpointing for the reverse or "
         "adjoint mode of computational differentiation. ACM Trans. Math. Softw. 26 (2000) 19-45.",
@@ -45,6 +48,8 @@ REFERENCES = {
     "kim2021":
         "S. Kim, W. Ji, S. Deng, Y. Ma, C. Rackauckas: Stiff neural ordinary differential equations. Chaos 31 "
         "(2021) 093122.",
+    "kloeden1992":
+        "P. E. Kloeden, E. Platen: Numerical Solution of Stochastic Differential Equations. Springer, 1992.",
     "kutta1901":
         "W. Kutta: Beitrag zur naeherungsweisen Integration totaler Differentialgleichungen. Z. Math. Phys. 46 "
         "(1901) 435-453.",
@@ -65,6 +70,9 @@ REFERENCES = {
     "rackauckas2020":
         "C. Rackauckas et al.: Universal differential equations for scientific machine learning. arXiv:2001.04385 "
         "(2020).",
+    "rumelin1982":
+        "W. Rumelin: Numerical treatment of stochastic differential equations. SIAM J. Numer. Anal. 19 (1982) "
+        "604-613.",
     "sanzserna2016":
         "J. M. Sanz-Serna: Symplectic Runge-Kutta schemes for adjoint equations, automatic differentiation, "
         "optimal control, and more. SIAM Rev. 58 (2016) 3-33.",
