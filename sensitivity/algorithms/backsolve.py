@@ -26,8 +26,9 @@ from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning
 from ..integrate import evaluations
 from ..retcode import RetCode
 from . import base
-from .continuous import ContinuousAdjoint, Leg, Way, least, worst_part
+from .continuous import ContinuousAdjoint
 from .points import checked_points
+from .walk import Leg, Way, least, worst_part
 
 DOUBTFUL = 100.0  # tolerances between the state integrated backwards and the stored one
 LOST = 0.1  # relative difference of the two

@@ -16,110 +16,23 @@ References: Cao, Li, Petzold, Serban 2003, SIAM J. Sci. Comput. 24, eq. (2.11); 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from ..control import PIController
 from ..errors import InputError, TimesError, UnsupportedCombination
-from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..integrate import Run, Span, span
 from ..methods import Method
-from ..stepper import Stepper
 from ..system import Inputs
-from ..watch import Happened
 from . import base
 from .frozen import frozen_tangent
-from .jumps import EventPulls, ambiguous, limit_jump
 from .points import budget, width
+from .walk import Kept, Leg, Way, interpolated, least
+from .walkevents import over_events
 
 EQUALLY_SPACED = 10  # checkpoints when nobody said how many, and the only output is the end
 MOST = 128  # checkpoints that a memory budget buys; more would cost more restarts than they save
-
-
-class Kept(NamedTuple):
-    """What the forward solve leaves: the stops with their states, and with dense output all steps."""
-
-    x: Inputs
-    log: Any
-    end: State
-    ts: Any
-    u: Array
-
-
-class Leg(NamedTuple):
-    """Where the walk stands: time, costate, integral for the parameters, state, step sizes to try, and counts.
-
-    `mismatch` and `drift` compare the state integrated backwards with the stored one: in tolerances, and relative.
-    """
-
-    t: Scalar
-    lam: Array
-    mu: Array
-    u: Array
-    h: Scalar
-    ahead: Scalar
-    nvjp: Any
-    nfe: Any
-    status: Any
-    mismatch: Scalar
-    drift: Scalar
-
-
-class Way(NamedTuple):
-    """What one reverse pass has at hand on every leg."""
-
-    run: Run
-    adjoint: Run
-    x: Inputs
-    log: Any
-    direction: Scalar
-    params: bool
-    rtol: Any
-    atol: Any
-
-    @property
-    def be(self) -> Any:
-        return self.run.be
-
-    def pull(self, params: bool) -> Callable:
-        """Products `(t, u, ct) -> (f_u^T ct, f_p^T ct, 0)`."""
-        return self.run.vjp.pullback(self.run, self.x, params=params)
-
-    def flat(self, theta_bar: Sequence[Array], like: Array) -> Array:
-        """Cotangents of the parameters as one vector."""
-        xp = self.be.xp
-        parts = [xp.astype(xp.reshape(v, (-1,)), like.dtype) for v in theta_bar]
-        return xp.concat(parts) if len(parts) > 1 else parts[0] if parts else like[:0]
-
-    def backwards(self, leg: Leg, t: Scalar) -> Span:
-        return span(self.be, leg.t, t)._replace(direction=-self.direction)
-
-    def solve(self, leg: Leg, t: Scalar, rhs: Callable, z: Array, norm: Callable | None, sink: Any = None,
-              parts: Sequence[int] = (), rtol: Any = None, atol: Any = None,
-              jac: Any = None) -> tuple[State, Any, Stepper]:
-        """Integrate `z' = rhs(t, z)` backwards over one leg; `parts` are the sizes that `norm` keeps apart."""
-        stepper = self.adjoint.method.bind(self.be, rhs, sink is not None, jac)
-        rtol, atol = self.rtol if rtol is None else rtol, self.atol if atol is None else atol
-        shrink = stepper.dilution(parts)
-        if shrink != 1.0:
-            rtol, atol = rtol * shrink, atol * shrink
-        last, result = integrate(self.adjoint, stepper, self.backwards(leg, t), z, rtol, atol,
-                                 norm=norm or self.be.rms, h=leg.h, sink=sink)
-        return last, result, stepper
-
-    def ran(self, leg: Leg, stepper: Stepper, last: State) -> tuple[Leg, Any]:
-        """The leg after a backward integration over it, and how often its right-hand side was evaluated."""
-        count = evaluations(self.adjoint, stepper, last, started=True)
-        return leg._replace(h=last.h, status=self.be.greatest(leg.status, last.status)), count
-
-
-class Path(NamedTuple):
-    """The forward solution on one leg: `u(t)`, the size of the forward step around `t`, and its number."""
-
-    u: Callable[[Scalar], Array]
-    size: Callable[[Scalar], Scalar]
-    place: Callable[[Scalar], Any]
 
 
 @dataclass(frozen=True)
@@ -232,7 +145,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         way = self._way(run, kept, wanted)
         s = span(be, x.t0, x.t1)
         if run.events:
-            return self._over_events(run, kept, way, ct, wanted)
+            return over_events(self, run, kept, way, ct, wanted)
         silent = [0.0 * kept.u[ct.u.shape[0]:, :], 0.0 * x.u0[None, :]]
         rows = xp.concat([xp.concat([ct.u, *silent]), xp.concat([kept.u, x.u0[None, :]])], axis=1)
         ts, rows = be.sort_down(be.joined(kept.ts, [s.t0]), rows, s.direction)
@@ -249,59 +162,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
 
         leg, _ = be.scan(segment, start, (ts[1:], rows[1:]))
         theta = be.split(leg.mu, x.theta) if way.params else ()
-        t0_bar, t1_bar, ts_bar, nfe = self._moved(run, kept, ct, leg.lam, wanted)
-        return base.Cotangents(leg.lam, theta, t0_bar, t1_bar, ts_bar, leg.nvjp, leg.nfe + nfe, leg.status,
-                               *self.measured(leg))
-
-    def _over_events(self, run: Run, kept: Kept, way: Way, ct: base.Outputs,
-                     wanted: frozenset[str]) -> base.Cotangents:
-        """The walk with a stop at each event, before the save times that lie there: they show the left side."""
-        be, xp, x = run.be, run.be.xp, kept.x
-        n, s, end = x.u0.shape[0], span(be, x.t0, x.t1), kept.end
-        rhs = run.field.bind(be, x.theta, x.constants)
-        pulls = EventPulls(run, x, way.params)
-        kept, ct = _ended(run, kept, ct)
-        times, u_left, index = be.entries(end.watch.entries, end.u, 0.0)
-        times = be.within(times, index, s.t0)
-        which = xp.asarray(xp.astype(be.indices(index), x.u0.dtype), device=be.device(x.u0))[:, None] + 1.0
-        # Where there is room for more events, the stop is the start once more.
-        u_right = xp.where(which > 0.5, _after(run, pulls, times, u_left, index), x.u0[None, :])
-        blank = 0.0 * x.u0[None, :]
-        saved, lam = xp.concat([ct.u, 0.0 * kept.u[ct.u.shape[0]:, :]]), 0.0 * x.u0
-        if run.saves is None:
-            saved, lam = 0.0 * saved, ct.u[0, :]
-        rest = 0.0 * kept.u[:, :1]
-        plain = xp.concat([saved, kept.u, 0.0 * kept.u, 0.0 * kept.u, rest, rest], axis=1)
-        first = xp.concat([blank, x.u0[None, :], blank, blank, blank[:, :1], blank[:, :1]], axis=1)
-        t_bar = xp.astype(ct.event_t, x.u0.dtype)[:, None]
-        jumps = xp.concat([0.0 * u_left, u_right, u_left, ct.event_u, t_bar, which], axis=1)
-        ts, rows = be.sort_down(be.joined(be.joined(times, kept.ts), [s.t0]), xp.concat([jumps, plain, first]),
-                                s.direction)
-        size = sum(base.size_of(v) for v in x.theta) if way.params else 0
-        step = s.direction * abs(end.h if way.adjoint.dt is None else way.adjoint.dt)
-        start = Leg(end.t, lam, be.padded(0.0 * x.u0[:0], size), end.u, -step, s.direction * abs(end.h), 0, 0,
-                    ambiguous(run, x, end.watch.entries), 0.0, 0.0)
-
-        def segment(leg: Leg, stop: tuple) -> tuple[Leg, int]:
-            t, row = stop
-            goal = be.choose(leg.status == 0, t, leg.t)
-            leg = self.cross(way, leg, goal, row[n:2 * n])
-            leg = leg._replace(t=t, lam=leg.lam + row[:n])
-
-            def jumped() -> Leg:
-                event = Happened(t, row[2 * n:3 * n], be.whole(row[4 * n + 1]) - 1)
-                new = limit_jump(run, pulls, rhs, event, leg.lam, (be.scalar(row[4 * n]), row[3 * n:4 * n]))
-                mu = leg.mu + way.flat(new.theta, leg.lam) if way.params else leg.mu
-                return leg._replace(lam=new.lam, mu=mu, u=row[2 * n:3 * n], nfe=leg.nfe + 2,
-                                    status=be.greatest(leg.status, new.status))
-
-            return be.when(be.scalar(row[4 * n + 1]) > 0.5, jumped, leg), 0
-
-        leg, _ = be.scan(segment, start, (ts, rows))
-        theta = be.split(leg.mu, x.theta) if way.params else ()
-        t0_bar, t1_bar, ts_bar, nfe = self._moved(run, kept, ct, leg.lam, wanted)
-        if run.saves is None:
-            t1_bar = be.choose(end.watch.ended, 0.0, t1_bar)
+        t0_bar, t1_bar, ts_bar, nfe = self.moved(run, kept, ct, leg.lam, wanted)
         return base.Cotangents(leg.lam, theta, t0_bar, t1_bar, ts_bar, leg.nvjp, leg.nfe + nfe, leg.status,
                                *self.measured(leg))
 
@@ -310,7 +171,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         del leg
         return None, None
 
-    def _moved(self, run: Run, kept: Kept, ct: base.Outputs, lam: Array, wanted: frozenset[str]) -> tuple:
+    def moved(self, run: Run, kept: Kept, ct: base.Outputs, lam: Array, wanted: frozenset[str]) -> tuple:
         """Cotangents of `t0`, `t1` and the save times, and how often `f` was evaluated for them."""
         if not base.times_wanted(wanted):
             return 0.0, 0.0, None, 0
@@ -351,65 +212,3 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         if solved.log is None:
             solved = base.solve_forward(run, residuals.x, keep=True)[2]
         return frozen_tangent(run, solved, d)
-
-
-def _ended(run: Run, kept: Kept, ct: base.Outputs) -> tuple[Kept, base.Outputs]:
-    """What lies behind a terminal event, unknown and without weight, as copies of the end."""
-    if not any(e.terminal for e in run.events):
-        return kept, ct
-    be, xp, end = run.be, run.be.xp, kept.end
-    s = span(be, kept.x.t0, kept.x.t1)
-    known = xp.isfinite(be.reached(0.0 * kept.u[:, :1], kept.ts, end.t, s.direction))
-    ts = be.capped(kept.ts, end.t, s.direction)
-    u = xp.where(known, kept.u, end.u[None, :])
-    row = xp.where(known[:ct.u.shape[0], :], ct.u, 0.0 * end.u[None, :])
-    return kept._replace(ts=ts, u=u), ct._replace(u=row)
-
-
-def _after(run: Run, pulls: EventPulls, times: Any, u: Array, index: Any) -> Array:
-    """The states behind the events."""
-    be = run.be
-    if not u.shape[0]:
-        return u
-    _, rows = be.scan(lambda _, e: (0, pulls.functions.after(be.greatest(e[2], 0), e[0], e[1])), 0, (times, u, index))
-    return be.gathered(rows)
-
-
-def path(way: Way, leg: Leg, t: Scalar, u: Array) -> tuple[Path, Leg]:
-    """The forward solution between `t`, where it is `u`, and `leg.t`: kept, or solved once more."""
-    be, run, x, log = way.be, way.run, way.x, way.log
-    stepper = base.bound(run, x)
-    if log is None:
-        again = base.replace(run, progress=None)
-        last, log = integrate(again, stepper, span(be, t, leg.t)._replace(direction=way.direction), u, x.rtol, x.atol,
-                              sink=be.store(run.capacity), h=leg.ahead, limit=run.capacity)
-        log = be.reopen(log, stepper.restage)
-        leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True), ahead=last.h,
-                           status=be.greatest(leg.status, last.status))
-    between = (t, leg.t) if run.events else None
-    size = be.lookup(lambda record, ts: be.vector([record.h], u)[None, :], log, be.vector([leg.t - t], u), between)
-    return Path(be.lookup(stepper.interpolate, log, u, between), lambda t: be.scalar(size(t)[0]), be.place(log)), leg
-
-
-def interpolated(run: Run) -> Run:
-    """The same run with output between the steps."""
-    return base.replace(run, interpolated=True)
-
-
-def least(be: Any, tolerance: Any) -> Any:
-    """A tolerance for costates, which have other units than the states: the smallest of one for each entry."""
-    return be.xp.min(tolerance) if getattr(tolerance, "ndim", 0) else tolerance
-
-
-def worst_part(be: Any, sizes: Sequence[int]) -> Callable[[Array], Any]:
-    """The largest of the norms of consecutive parts, so that no long part dilutes the error of a short one."""
-    ends = [sum(sizes[:i + 1]) for i in range(len(sizes))]
-    pieces = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
-
-    def norm(e: Array) -> Any:
-        worst = be.rms(e[pieces[0]])
-        for piece in pieces[1:]:
-            worst = be.greatest(worst, be.rms(e[piece]))
-        return worst
-
-    return norm

@@ -22,8 +22,9 @@ from ..backend import Array, Record, Scalar
 from ..integrate import State
 from ..jacobian import Jacobian, given
 from ..stepper import Stepper
-from .continuous import ContinuousAdjoint, Leg, Path, Way, path
+from .continuous import ContinuousAdjoint
 from .points import checked_points
+from .walk import Leg, Path, Way, path
 
 PANELS = 100_000
 

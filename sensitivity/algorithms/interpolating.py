@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
-from .continuous import ContinuousAdjoint, Leg, Way, path, worst_part
+from .continuous import ContinuousAdjoint
 from .points import checked_points
+from .walk import Leg, Way, path, worst_part
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array, Scalar
 from ..errors import InputError
 from ..retcode import RetCode
-from .continuous import ContinuousAdjoint, Leg, Way, least, path
+from .continuous import ContinuousAdjoint
 from .gauss import Transposed, costate
+from .walk import Leg, Way, least, path
 
 PANELS = 100_000
 STEPS = 8
