@@ -358,6 +358,26 @@ def test_long_horizon_with_checkpoints(numpy_lab):
         sa.gradient(prob, sa.Dopri8(), loss, sensealg=sa.BacksolveAdjoint(checkpointing=False), **options)
 
 
+def test_complex_states(torch_lab):
+    """The costate of a complex state, against the discrete adjoint."""
+    xp = torch_lab.xp
+
+    def f(t, u, p):
+        return p * u + 0.1 * xp.sin(t) * u**2
+
+    def start(values):
+        return torch_lab.array(values, "complex128")
+
+    prob = sa.ODEProblem(f, start([1.0 + 0.5j, 0.3 - 0.2j]), (0.0, 1.0), start([-0.5 + 1j, 0.2 - 2j]))
+    found = [sa.gradient(prob, sa.Tsit5(), lambda sol: (abs(sol.u) ** 2).sum() + sol.u[0, 1].real, sensealg=a,
+                         rtol=1e-10, atol=1e-10)
+             for a in (sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(), sa.GaussAdjoint(),
+                       sa.QuadratureAdjoint(), sa.BacksolveAdjoint())]
+    for r in found[1:]:
+        np.testing.assert_allclose(torch_lab.numpy(r.u0), torch_lab.numpy(found[0].u0), rtol=1e-8)
+        np.testing.assert_allclose(torch_lab.numpy(r.p), torch_lab.numpy(found[0].p), rtol=1e-8)
+
+
 # -- never silently wrong ------------------------------------------------------------------------------------------
 
 
