@@ -94,9 +94,10 @@ class Advice:
                             f"(+{rejected} rejected), {f.backend}, float{f.bits}")]
         if self.probes is not None:
             p = self.probes
-            rows.append(("probes", f"{'stiff' if p.stiff else 'not stiff'} ({'at most, ' if p.bound else ''}decay x span = "
-                                   f"{max(0.0, p.decay * p.span):.2g}, rate x span = {p.rate * p.span:.2g}); integrating "
-                                   f"backwards: {'at most ' if p.bound else ''}{amount(p.digits)} digits at risk"))
+            most = "at most " if p.bound else ""
+            rows.append(("probes", f"{'stiff' if p.stiff else 'not stiff'} (decay x span = {most}"
+                                   f"{max(0.0, p.decay * p.span):.2g}, rate x span = {p.rate * p.span:.2g}); "
+                                   f"integrating backwards: {most}{amount(p.digits)} digits at risk"))
         rows.append(("f", self.sensealg.because[-1]))
         if self.why_method:
             rows.append(("method", f"{spelled(self.alg)}: {self.why_method}"))
@@ -105,7 +106,8 @@ class Advice:
     def _columns(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and cells; what is estimated says so in the head."""
         was = self.reference is not None
-        head = ("", "sensealg", *(("time", "peak", "error") if was else ()), "est. f", "JVP", "VJP", "est. memory", "why")
+        extra: tuple[str, ...] = ("time", "peak", "error") if was else ()
+        head = ("", "sensealg", *extra, "est. f", "est. JVP", "est. VJP", "est. memory", "why")
         rows = []
         for r in self.table:
             e = r.estimate
@@ -116,7 +118,8 @@ class Advice:
         return head, rows
 
     def __str__(self) -> str:
-        mode = f"measured; errors against {self.reference}" if self.reference is not None else "estimated, nothing measured"
+        was = self.reference is not None
+        mode = f"measured; errors against {self.reference}" if was else "estimated, nothing measured"
         head, rows = self._columns()
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
         left = (0, 1)
@@ -127,7 +130,8 @@ class Advice:
             cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
             lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
         lines.append("")
-        lines += [f"  {'path' if i == 0 else '':<9}{q} {a}{'; ' + t if t else ''}" for i, (q, a, t) in enumerate(self.path)]
+        for i, (question, answer, then) in enumerate(self.path):
+            lines.append(f"  {'' if i else 'path':<9}{question} {answer}{'; ' + then if then else ''}")
         lines.append(f"  {'choice':<9}{self.code}")
         if self.agree is not None:
             wrong = [r.name for r in self.table if r.verdict == "wrong"]
@@ -139,9 +143,10 @@ class Advice:
     def _repr_html_(self) -> str:
         head, rows = self._columns()
         style = {"*": "font-weight:bold", "x": "opacity:0.5", "!": "color:#b00"}
-        cells = "".join(f"<th style='text-align:left'>{escape(h)}</th>" for h in head)
-        body = "".join(f"<tr style='{style.get(row[0], '')}'>"
-                       + "".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        left = "style='text-align:left'"
+        cells = "".join(f"<th {left}>{escape(h)}</th>" for h in head)
+        body = "".join(f"<tr style='{style.get(row[0], '')}'>" + "".join(f"<td {left}>{escape(c)}</td>" for c in row)
+                       + "</tr>" for row in rows)
         top = "".join(f"<div><b>{escape(k)}</b> {escape(v)}</div>" for k, v in self._problem())
         return (f"{top}<table><tr>{cells}</tr>{body}</table><pre>{escape(self.code)}</pre>"
                 f"<details><summary>as text</summary><pre>{escape(str(self))}</pre></details>")
@@ -201,7 +206,8 @@ def spelled(x: Any) -> str:
     for f in dataclasses.fields(x) if dataclasses.is_dataclass(x) else ():
         value = getattr(x, f.name)
         if f.init and f.name != "because" and not (f.name == "vjp" and hasattr(x, "jvp")) and value != f.default:
-            words.append(f"{f.name}={spelled(value) if type(value).__module__.startswith('sensitivity') else repr(value)}")
+            own = type(value).__module__.startswith("sensitivity")
+            words.append(f"{f.name}={spelled(value) if own else repr(value)}")
     return f"sa.{type(x).__name__}({', '.join(words)})"
 
 

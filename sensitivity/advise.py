@@ -180,7 +180,8 @@ def _table(run: Run, x: Inputs, known: Facts, rule: Any, taken: Any, work: Work)
         if spelled(replace(algorithm, vjp=None)) != spelled(replace(taken, vjp=None, **_no_jvp(taken))):
             rows.append(_candidate(run, x, known, algorithm, work, None))
     order = {"chosen": 0, "possible": 1, "ruled out": 2}
-    return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in (None, "discretised"), r.rule is not None)))
+    calm = (None, "discretised")
+    return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in calm, r.rule is not None)))
 
 
 def _no_jvp(algorithm: Any) -> dict[str, None]:
@@ -201,15 +202,15 @@ def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, ru
     said = remark(known, ready)
     why = "exact gradient of the computed solution" if said is None else said.because(known)
     if known.limit is not None and cost is not None and cost.memory > known.limit:
-        return Candidate(algorithm, "ruled out", f"keeps about {cost.memory} bytes, more than the {known.limit} allowed",
-                         "memory", cost)
+        much = f"keeps about {cost.memory} bytes, more than the {known.limit} allowed"
+        return Candidate(algorithm, "ruled out", much, "memory", cost)
     verdict = "ruled out" if said is not None and said.excludes else "possible"
     return Candidate(algorithm, verdict, why, None if said is None else said.id, cost)
 
 
 def _path(known: Facts) -> tuple[tuple[str, str, str], ...]:
     """The questions down to the one that decides: `(question, answer, what follows)`."""
-    path = []
+    path: list[tuple[str, str, str]] = []
     for rule in rules():
         if rule.holds(known):
             answer = spelled(rule.take(known))

@@ -32,7 +32,8 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
            wanted: frozenset[str] | None = None) -> tuple[Any, Run]:
     """The algorithm in use, with its reasons, and the run with its VJP choice bound.
 
-    `wanted` are the inputs to differentiate, where they are known beforehand. Without `verify`, which a solve that nobody can differentiate does not need, products are not checked by value.
+    `wanted` are the inputs to differentiate, where they are known beforehand. Without `verify`, which a solve that
+    nobody can differentiate does not need, products are not checked by value.
 
     Raises
     ------

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--output", default="lynx_hare.png", help="the picture; default: lynx_hare.png")
     demo.set_defaults(task=_demo)
     advise = commands.add_parser("advise", help="which sensitivity algorithm for a problem, and why")
-    advise.add_argument("target", metavar="FILE.py[:NAME]", help="a script, and the name of its problem if it has several")
+    advise.add_argument("target", metavar="FILE.py[:NAME]",
+                        help="a script, and the name of its problem if it has several")
     advise.add_argument("--measure", action="store_true", help="make the gradient with every candidate")
     advise.add_argument("--memory", help='what may be kept for a gradient, for example "200MB"')
     advise.add_argument("--wrt", help="differentiate with respect to these, separated by commas; default: u0,p")

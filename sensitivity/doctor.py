@@ -51,7 +51,7 @@ def _error(be: Any, u0: Any, double: bool) -> float:
     prob = ODEProblem(lambda t, u, p: -p * u, u0, (0.0, 1.0), be.asarray([0.5], dtype=u0.dtype))
     # NumPy has AD only for what is written with autograd; this f is plain arithmetic, which it follows.
     vjp = ReverseVJP() if "reverse" in be.modes else None
-    tight = {"rtol": 1e-10, "atol": 1e-12} if double else {}
+    tight: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12} if double else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SensitivityWarning)
         r = gradient(prob, Tsit5(), lambda sol: sol.u[-1, 0], wrt="p", sensealg=RecursiveCheckpointAdjoint(vjp=vjp),
@@ -67,10 +67,11 @@ def report(found: dict[str, Any]) -> str:
     lines = [f"sensealg {found['sensealg']}, Python {found['python']}, {found['platform']}", ""]
     for b in found["backends"]:
         if b["problem"]:
-            lines.append(f"  {b['name']:<8}{b['version'] or 'not installed'}: {b['problem']}")
+            lines.append(f"  {b['name']:<9} {b['version'] or 'not installed'}: {b['problem']}")
             continue
         verdict = "ok" if b["ok"] else "WRONG"
-        lines.append(f"  {b['name']:<8}{b['version']}, {b['device']}, {'float64' if b['x64'] else 'float32'} by default, "
+        kind = "float64" if b["x64"] else "float32"
+        lines.append(f"  {b['name']:<9} {b['version']}, {b['device']}, {kind} by default, "
                      f"AD: {', '.join(b['ad']) or 'none'}; gradient off by {b['error']:.0e}: {verdict}")
         if not b["x64"]:
             lines.append("          JAX_ENABLE_X64=1 in the environment gives float64 where JAX makes the arrays")

@@ -1,7 +1,7 @@
 """Which sensitivity algorithm: the questions of the decision tree, and what is said of the others.
 
 `auto` and `advise` read the same two tables. `RULES` are asked in their order, and the first that holds decides;
-`REMARKS` say of a candidate what speaks against it. What an algorithm cannot do at all is no rule: its `refuse` says it.
+`REMARKS` say of a candidate what speaks against it. What an algorithm cannot do at all is no rule: `refuse` says it.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ RULES: tuple[Rule, ...] = (
          lambda f: not f.transposes and f.wanted == frozenset({"theta"}) and f.params <= min(f.n, FEW)
          and f.method == "explicit" and not (f.events or f.dense),
          lambda f: ForwardADSensitivity(),
-         "exact gradient of the computed solution; by differences one product per parameter and stage costs less than a "
-         "transposed one, which takes every entry of u as well",
+         "exact gradient of the computed solution; by differences one product per parameter and stage costs less than "
+         "a transposed one, which takes every entry of u as well",
          "2 p evaluations of f per stage, against 2 (n + p)"),
     Rule("default", "None of these?", lambda f: True, lambda f: RecursiveCheckpointAdjoint(),
          "exact gradient of the computed solution; costs one product with the derivatives of f per stage",
@@ -151,7 +151,8 @@ REMARKS: tuple[Remark, ...] = (
            lambda f: f"{f.columns} columns: its work grows with the number of inputs", "Ma et al. (2021)"),
     Remark("second-order", lambda f, a: a.name == "ForwardOverAdjoint",
            lambda f: "for second derivatives; a gradient is that of its inner adjoint", "Ozyurt, Barton (2005)"),
-    Remark("tape", lambda f, a: not a.boundary, lambda f: "exact, but the tape holds every stage of each attempted step",
+    Remark("tape", lambda f, a: not a.boundary,
+           lambda f: "exact, but the tape holds every stage of each attempted step",
            "Griewank, Walther (2008)"),
     Remark("discretised", lambda f, a: not a.exact, lambda f: "derivative of the equation, right up to the tolerance",
            "Hager (2000)"),

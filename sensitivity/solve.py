@@ -80,7 +80,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
         raise InputError(f"on_failure={on_failure!r} is none of the possible values",
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
-    algorithm, run = choose(run, x, checked(sensealg), verify=run.be.attaches or isinstance(run.method, SteadyStateMethod))
+    verify = run.be.attaches or isinstance(run.method, SteadyStateMethod)
+    algorithm, run = choose(run, x, checked(sensealg), verify)
     if not hasattr(prob, "tspan") and run.products.jac is None:
         warn_numerical(algorithm)
     out, aux = run.be.attach(carrying(algorithm, run), run, x)

@@ -1,9 +1,11 @@
 """The automatic choice and `advise`: they agree, never take what refuses, and say why in words that are true."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,7 +133,8 @@ def test_every_candidate_runs_or_says_its_refusal(name):
         tolerance = 1e-3 if name == "fixed" else 1e-4
         for part in ("u0", "p"):
             if getattr(truth, part) is not None:
-                np.testing.assert_allclose(getattr(r, part), getattr(truth, part), atol=tolerance * size, err_msg=row.name)
+                np.testing.assert_allclose(getattr(r, part), getattr(truth, part), atol=tolerance * size,
+                                           err_msg=row.name)
 
 
 def test_in_every_framework(lab):
@@ -254,7 +257,8 @@ def test_measured_gradients_agree(numpy_lab):
     assert times == sorted(times)
     assert "differences of f" in advice.reference
     (chosen,) = [c for c in advice.table if c.verdict == "chosen"]
-    assert chosen.seconds <= times[0] / 0.85 * (1.0 + 1e-9)
+    offered = [c.seconds for c in tried if c.rule not in ("backwards", "second-order")]
+    assert chosen.seconds <= offered[0] / 0.85 * (1.0 + 1e-9)
     assert f"{len(tried)} gradients agree" in str(advice)
 
 
@@ -271,6 +275,18 @@ def test_measuring_catches_a_wrong_vjp():
     right = sa.advise(LV, sa.Tsit5(), loss=squares, dloss=dsquares, measure=True)
     assert right.agree
     assert right.vjp == sa.UserVJP()
+
+
+def test_measuring_other_kinds():
+    """Reference and candidates in single precision, of a steady state, and of a state that is a tree."""
+    pytest.importorskip("autograd")
+    tree = sa.ODEProblem(lambda t, u, p: {"a": -p["k"] * u["a"], "b": u["a"][:1] - u["b"]},
+                         {"a": np.ones(2), "b": np.ones(1)}, (0.0, 1.0), {"k": np.array(1.0)})
+    single = ODE.remake(u0=U2.astype("float32"), p=np.float32(0.5))
+    for prob, alg, count in ((tree, sa.Tsit5(), 10), (single, sa.Tsit5(), 10), (STEADY, None, 1)):
+        advice = sa.advise(prob, alg, measure=True)
+        assert advice.agree
+        assert sum(c.error is not None for c in advice.table) == count
 
 
 def test_text_html_and_json_say_the_same():
@@ -326,12 +342,13 @@ def test_rules_are_complete():
 
 def test_an_ensemble_is_refused():
     ensemble = sa.EnsembleProblem(ODE, p=np.array([0.5, 1.0]))
-    with pytest.raises(sa.InputError, match="ensemble.prob"):
+    with pytest.raises(sa.InputError, match=r"ensemble\.prob"):
         sa.advise(ensemble)
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "sensitivity", *arguments], capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "sensitivity", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 SCRIPT = """
@@ -363,3 +380,11 @@ def test_doctor_at_the_command_line():
     assert 0.0 < backends["numpy"]["error"] < 1e-9
     assert set(backends) <= set(found["plugins"])
     assert "numpy" in command("doctor").stdout
+
+
+def test_the_documentation_lists_the_rules():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "advisor.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$", page, re.M)
+    run, x = prepare_options(ODE, None, {})
+    known = facts(run, x, sa.ReverseVJP(), memory="1GB")
+    assert listed == [(r.id, r.question, r.take(known).name) for r in RULES]
