@@ -196,7 +196,7 @@ def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, ru
         return Candidate(algorithm, "ruled out", str(e))
     if not algorithm.boundary and run.be.opaque and (lost := checked_once(run, x)):
         return Candidate(algorithm, "ruled out", lost, "untraced")
-    cost = estimate(algorithm, work, known.bits // 8, known.limit)
+    cost = estimate(algorithm, work, _itemsize(run, x), known.limit)
     if rule is not None:
         return Candidate(algorithm, "chosen", rule.because, rule.id, cost)
     said = remark(known, ready)

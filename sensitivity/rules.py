@@ -142,7 +142,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 REMARKS: tuple[Remark, ...] = (
-    Remark("contraction", lambda f, a: a.retraces and f.digits is not None and f.digits > LOST[f.bits],
+    Remark("contraction", lambda f, a: a.retraces and f.digits is not None and f.digits > LOST.get(f.bits, 3.0),
            lambda f: f"going backwards would lose {amount(f.digits)} digits: what contracts forwards grows backwards",
            "Gholami, Keutzer, Biros (2019); McCallum, Foster (2024)", excludes=True),
     Remark("backwards", lambda f, a: a.retraces and f.digits is not None and f.digits > 1.0,

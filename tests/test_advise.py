@@ -388,3 +388,19 @@ def test_the_documentation_lists_the_rules():
     run, x = prepare_options(ODE, None, {})
     known = facts(run, x, sa.ReverseVJP(), memory="1GB")
     assert listed == [(r.id, r.question, r.take(known).name) for r in RULES]
+
+
+def test_the_fastest_right_one_is_chosen():
+    from sensitivity.measure import _decided
+
+    advice = sa.advise(ODE, sa.Tsit5())
+    usual, other, *rest = (c for c in advice.table if c.verdict != "ruled out")
+    rest = [replace(c, seconds=9.0) for c in rest]
+    for seconds, fastest in ((0.9, usual), (0.8, other)):
+        decided = _decided(advice, [replace(usual, seconds=1.0), replace(other, seconds=seconds), *rest])
+        (chosen,) = [c for c in decided.table if c.verdict == "chosen"]
+        assert chosen.name == fastest.name
+        assert decided.sensealg.name == fastest.sensealg.name
+        assert (decided.path == advice.path) is (fastest is usual)
+    decided = _decided(advice, [replace(usual, verdict="wrong"), replace(other, seconds=1.0)])
+    assert decided.sensealg.name == other.sensealg.name
