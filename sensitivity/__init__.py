@@ -81,14 +81,20 @@ from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJ
 
 if typing.TYPE_CHECKING:
     from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq
+    from .advice import Advice, Candidate
+    from .advise import advise
     from .check import CheckedGradient, GradientCheck, check_gradient
     from .hessians import hessian, hessian_vector_product
+    from .rules import Rule
     from .sensitivities import forward_sensitivities
 
 __version__ = "0.1.0"
 
 # Tools around a solve wait for their first use.
 _LATER = {
+    "Advice": "advice",
+    "Candidate": "advice",
+    "advise": "advise",
     "from_odeint": "adapters",
     "from_sciml": "adapters",
     "from_scipy": "adapters",
@@ -98,6 +104,7 @@ _LATER = {
     "check_gradient": "check",
     "hessian": "hessians",
     "hessian_vector_product": "hessians",
+    "Rule": "rules",
     "forward_sensitivities": "sensitivities",
 }
 
@@ -116,10 +123,12 @@ __all__ = [
     "EES27",
     "RK4",
     "VJP",
+    "Advice",
     "BackendMissingError",
     "BacksolveAdjoint",
     "BlackBox",
     "BrokenGradientError",
+    "Candidate",
     "CapturedValueError",
     "CheckedGradient",
     "ComplexStepVJP",
@@ -173,6 +182,7 @@ __all__ = [
     "ReversibleHeun",
     "ReversibleHeunAdjoint",
     "Rodas5P",
+    "Rule",
     "RungeKutta",
     "SDEProblem",
     "ScipySolver",
@@ -200,6 +210,7 @@ __all__ = [
     "VirtualBrownianTree",
     "__version__",
     "adjoint_sensitivities",
+    "advise",
     "auto",
     "check_gradient",
     "citation",

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from .algorithms.base import bound, unsupported
-from .algorithms.discrete import RecursiveCheckpointAdjoint
-from .algorithms.gauss import GaussAdjoint
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .mass import check_index
+from .rules import Rule, facts, selected
 from .system import Inputs
 from .trust import checked_once
 from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
@@ -29,10 +28,12 @@ class _Auto:
 auto: Any = _Auto()
 
 
-def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any, Run]:
+def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
+           wanted: frozenset[str] | None = None) -> tuple[Any, Run]:
     """The algorithm in use, with its reasons, and the run with its VJP choice bound.
 
-    Without `verify`, which a solve that nobody can differentiate does not need, products are not checked by value.
+    `wanted` are the inputs to differentiate, where they are known beforehand. Without `verify`, which a solve that
+    nobody can differentiate does not need, products are not checked by value.
 
     Raises
     ------
@@ -40,10 +41,11 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
         The algorithm or the VJP choice cannot serve this run.
     """
     because: tuple[str, ...] = ()
+    own: tuple[VJP, str] | None = None
     if sensealg is auto:
-        suggested = getattr(run.kind, "suggested", None)
-        sensealg, reason = _algorithm(run) if suggested is None else suggested()
-        because = (reason,)
+        own = _products(run, x, verify)
+        rule, sensealg = suggested(run, x, own[0], wanted)
+        because = (rule.because,)
     elif sensealg.exact and not run.method.one_step:
         raise UnsupportedCombination(f"{sensealg.name} cannot differentiate {run.method.name}",
                                      "it needs the stages of each step, and the method keeps them to itself",
@@ -52,8 +54,7 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
         sensealg = run.kind.algorithm(sensealg)
     vjp = sensealg.vjp
     if vjp is None or vjp is auto:
-        at = (run, x) if run.kind is None else run.kind.products(run, x)
-        vjp, reason = choose_vjp(at[0], at[1], verify)
+        vjp, reason = own or _products(run, x, verify)
         because += (reason,)
     elif missing := vjp.missing(run):
         raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,
@@ -70,12 +71,18 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True) -> tuple[Any
     return replace(sensealg, vjp=vjp, because=because), run
 
 
-def _algorithm(run: Run) -> tuple[Any, str]:
-    """The algorithm that suits the method."""
-    if not run.method.one_step:
-        return GaussAdjoint(), f"{run.method.name} shows its solution and not its stages, so the adjoint is continuous"
-    return RecursiveCheckpointAdjoint(), ("exact gradient of the computed solution; costs one product with the "
-                                          "derivatives of f per stage")
+def suggested(run: Run, x: Inputs, vjp: VJP, wanted: frozenset[str] | None, **more: Any) -> tuple[Rule, Any]:
+    """The rule that decides, and the algorithm that it takes; `more` facts as `rules.Facts` has them."""
+    known = facts(run, x, vjp, wanted, **more)
+    rule = selected(known)
+    return rule, rule.take(known)
+
+
+def _products(run: Run, x: Inputs, verify: bool) -> tuple[VJP, str]:
+    """`choose_vjp` at what stands in place of `f` in this kind of problem."""
+    at = (run, x) if run.kind is None else run.kind.products(run, x)
+    return choose_vjp(at[0], at[1], verify)
+
 
 def _check_index(run: Run, x: Inputs) -> None:
     """Refuse what is no index-1 problem, where the numbers are known."""

@@ -170,6 +170,7 @@ class Delays:
     setting: Setting
     history: Callable[..., Any]
     dependent: bool
+    name = "dde"
 
     def tau(self, be: Backend, run: Any, x: Inputs) -> Any:
         """The lags as scalars."""

@@ -89,9 +89,9 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     if "saveat" in names and run.saves != "ts":
         raise InputError("wrt holds 'saveat', but saveat is not an array of times", "there is nothing to vary",
                          "saveat=np.array([...])")
-    algorithm, run = choose(run, x, checked(sensealg))
-    warn_numerical(algorithm)
     wanted = frozenset("theta" if n == "p" else n for n in names)
+    algorithm, run = choose(run, x, checked(sensealg), wanted=wanted)
+    warn_numerical(algorithm)
     task = _through if not algorithm.boundary else _explicit
     return task(prob, run, x, algorithm, loss, dloss, wanted, on_failure)
 

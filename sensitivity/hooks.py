@@ -28,3 +28,8 @@ def sensitivity_algorithms() -> dict[str, type]:  # type: ignore[empty-body]
 @hookspec
 def sensitivity_vjps() -> dict[str, type]:  # type: ignore[empty-body]
     """Return VJP choices by name."""
+
+
+@hookspec
+def sensitivity_rules() -> list[Any]:  # type: ignore[empty-body]
+    """Return `Rule` entries for the automatic choice; they are asked before the library's own."""

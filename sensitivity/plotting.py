@@ -39,6 +39,28 @@ def plot_solution(sol: Any, ax: Any = None) -> Any:
     return ax
 
 
+def plot_advice(advice: Any, ax: Any = None) -> Any:
+    """Memory against time, or against estimated work, on logarithmic axes; a ring around the choice."""
+    ax = _axes(ax)
+    was = advice.reference is not None
+    for r in advice.table:
+        if r.verdict == "ruled out" or r.estimate is None:
+            continue
+        memory = r.estimate.memory if r.peak is None else r.peak
+        work = r.seconds if was else r.estimate.nfe + r.estimate.njvp + r.estimate.nvjp
+        colour = {"wrong": "tab:red", "chosen": "tab:green"}.get(r.verdict, "tab:blue")
+        ax.plot([work], [memory], "x" if r.verdict == "wrong" else "o", color=colour)
+        if r.verdict == "chosen":
+            ax.plot([work], [memory], "o", color=colour, markersize=14, fillstyle="none")
+        ax.annotate(r.name, (work, memory), xytext=(6, 4), textcoords="offset points", fontsize="small")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("time of one gradient, measured (s)" if was else "evaluations of f and products, estimated")
+    seen = any(r.peak is not None for r in advice.table)
+    ax.set_ylabel("memory at its peak, measured (bytes)" if seen else "memory kept, estimated (bytes)")
+    return ax
+
+
 def save_fit(path: str, years: Any, data: Any, times: Any, fit: Any, labels: tuple[str, ...]) -> None:
     """Data as points, a fitted curve as lines, written to `path`."""
     ax = _axes(None)

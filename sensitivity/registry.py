@@ -66,6 +66,7 @@ class Registry:
         self.methods = self._mapping("method", self.manager.hook.sensitivity_methods())
         self.algorithms = self._mapping("sensitivity algorithm", self.manager.hook.sensitivity_algorithms())
         self.vjps = self._mapping("VJP choice", self.manager.hook.sensitivity_vjps())
+        self.rules = tuple(rule for rules in self.manager.hook.sensitivity_rules() for rule in rules)
         self._by_type.clear()
 
     def _mapping(self, kind: str, answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import probe as first_call
-from .algorithms.implicit import ImplicitAdjoint
 from .compressed import Pattern
 from .errors import InputError, SignatureError, SolveError, UnsupportedCombination
 from .integrate import Run
@@ -93,6 +92,7 @@ class SteadyState:
     """What only these runs have: where `f_u` is zero, if that is known."""
 
     pattern: Pattern | None = None
+    name = "steady"
 
     def algorithm(self, sensealg: Any) -> Any:
         """The algorithm, refused with `UnsupportedCombination` if it is for other problems."""
@@ -104,10 +104,6 @@ class SteadyState:
     def products(self, run: Run, x: Inputs) -> tuple[Run, Inputs]:
         """The run and inputs that products are chosen for."""
         return run, x
-
-    def suggested(self) -> tuple[Any, str]:
-        """The sensitivity algorithm of `auto`, and why."""
-        return ImplicitAdjoint(), "implicit function theorem: one transposed linear solve, however many parameters"
 
     def failure(self, sol: Any, run: Run, aux: Any, code: RetCode) -> SolveError:
         """The error that says where an iteration stood."""

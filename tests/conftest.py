@@ -1,7 +1,9 @@
 """One small laboratory per backend: the namespace for `f`, arrays in, NumPy arrays out."""
 
+import gc
 import importlib
 import os
+import sys
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,6 +99,18 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]", "mixed-1", "jax-501",
                 "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs hold memory mappings, of which a process may have 65,000 only: let go of them now and then."""
+    del item, nextitem
+    finished.append(None)
+    if len(finished) % 100 == 0 and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+finished = []
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,7 @@ FRAMEWORKS = {"numpy", "scipy", "jax", "torch", "autograd", "matplotlib", "panda
 PLUGINS = set(PYPROJECT["project"]["entry-points"]["sensitivity"].values())
 # The modules that see everything; the layers below must not reach up to them.
 TOP = {"__init__.py", "__main__.py", "gradient.py", "cli.py", "demo.py", "check.py", "citation.py", "hessians.py",
-       "packed.py", "objective.py", "sensitivities.py"}
+       "advise.py", "packed.py", "objective.py", "sensitivities.py"}
 BELOW = [p for p in CORE if p.relative_to(ROOT / "sensitivity").parts[0] not in TOP | {"testing"}]
 HEAVY = ["jax", "torch", "autograd", "scipy.integrate", "scipy.optimize", "matplotlib", "pandas"]
 

@@ -64,6 +64,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     checkpoints: Any = None  # type: ignore[misc]
     seminorm: bool = True
 
+    retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("chen2018", "kidger2021")
 
     def __post_init__(self) -> None:

@@ -98,6 +98,8 @@ class SensitivityAlgorithm:
     twice : what to do where it gives no second derivatives.
     kinds : which kinds of problems it serves: "ode", "sde", "steady".
     undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
+    retraces : whether states are found again by going backwards, so that what contracts forwards grows.
+    per_input : whether the work grows with the number of inputs.
     """
 
     vjp: Any = None
@@ -106,6 +108,8 @@ class SensitivityAlgorithm:
     exact: ClassVar[bool] = False
     events: ClassVar[bool] = False
     undoes: ClassVar[bool] = False
+    retraces: ClassVar[bool] = False
+    per_input: ClassVar[bool] = False
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False

@@ -55,6 +55,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     errors: str = "all"
 
     events: ClassVar[bool] = True
+    per_input: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def __post_init__(self) -> None:

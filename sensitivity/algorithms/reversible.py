@@ -92,6 +92,7 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
 
     exact: ClassVar[bool] = True
     undoes: ClassVar[bool] = True
+    retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("mccallum2024",)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
 
     exact: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"sde"})
+    retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("kidger2021",)
 
     def refuse(self, run: Run) -> None:

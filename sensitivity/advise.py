@@ -1,0 +1,219 @@
+"""`advise`: what the automatic choice would take for a problem, why, and what the other candidates would cost."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from .advice import Advice, Candidate, spelled
+from .algorithms import budget
+from .algorithms.backsolve import BacksolveAdjoint
+from .algorithms.base import bound
+from .algorithms.direct import DirectAdjoint
+from .algorithms.discrete import RecursiveCheckpointAdjoint
+from .algorithms.forward import ForwardSensitivity
+from .algorithms.forward_ad import ForwardADSensitivity
+from .algorithms.gauss import GaussAdjoint
+from .algorithms.implicit import ImplicitAdjoint
+from .algorithms.interpolating import InterpolatingAdjoint
+from .algorithms.quadrature import QuadratureAdjoint
+from .algorithms.reversible import ReversibleAdjoint
+from .algorithms.reversibleheun import ReversibleHeunAdjoint
+from .algorithms.second_order import ForwardOverAdjoint
+from .choose import auto, choose, suggested
+from .ensemble import EnsembleProblem
+from .errors import InputError, SensitivityWarning, SolveError, UnsupportedCombination
+from .estimates import Work, estimate
+from .gradient import checked_names
+from .integrate import Run
+from .methods import Dopri8, Kvaerno5, Rodas5P, Tsit5
+from .probe import through_ad
+from .registry import registry
+from .rules import Facts, facts, remark, rules
+from .solve import prepare_options, solve
+from .stiffness import POINTS, Probes, probed
+from .system import Inputs
+from .trust import checked_once
+
+ALGORITHMS: tuple[type, ...] = (
+    RecursiveCheckpointAdjoint, ReversibleAdjoint, GaussAdjoint, QuadratureAdjoint, InterpolatingAdjoint,
+    BacksolveAdjoint, ForwardSensitivity, ForwardADSensitivity, ForwardOverAdjoint, DirectAdjoint,
+    ReversibleHeunAdjoint, ImplicitAdjoint)
+TRIAL = 2000
+TIGHT = 1e-9
+
+
+def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = False, memory: Any = None,
+           wrt: Any = None, dloss: Any = None, **options: Any) -> Advice:
+    """What `sensealg=auto` takes for this problem, why, and what the others would cost.
+
+    The problem is solved once or twice, and `f` is evaluated at a few states to see how stiff it is.
+
+    Parameters
+    ----------
+    prob : ODEProblem, DDEProblem, SDEProblem or SteadyStateProblem
+    alg : method, optional
+        Without one, a method is recommended too.
+    loss : callable, optional
+        Used by `measure` only; the sum of the squares of the solution if not given.
+    measure : bool
+        Make the gradient with every candidate: time, memory, error against a tight reference.
+    memory : int or str, optional
+        What may be kept for a gradient: bytes, or "200MB".
+    wrt, dloss
+        As for `gradient`.
+    options
+        The keywords of `solve`.
+
+    Returns
+    -------
+    Advice
+        `.sensealg`, `.vjp`, `.alg`, `.path`, `.table`, `.code`; `print` it.
+
+    Raises
+    ------
+    InputError
+        The problem is an ensemble: ask for one member.
+    SolveError
+        The problem cannot be solved with these options.
+    """
+    if isinstance(prob, EnsembleProblem):
+        raise InputError("prob is an EnsembleProblem", "its members are solved alike", "sa.advise(ensemble.prob, ...)")
+    names = checked_names(wrt)
+    by_ad = through_ad(prob, auto, names)
+    limit = budget.size(memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SensitivityWarning)
+        method, why_method, sol, probes = _method(prob, alg, options, by_ad)
+        run, x = prepare_options(prob, method, options, by_ad)
+        if wrt is None and not x.theta:
+            names = ("u0",)
+        wanted = frozenset("theta" if name == "p" else name for name in names)
+        usual, bound_run = choose(run, x, auto, wanted=wanted)
+        work = _work(replace(run, vjp=bound_run.vjp), x, sol)
+        more = {"memory": memory, "limit": limit, "kept": float(work.stored * _itemsize(run, x)),
+                "digits": None if probes is None else probes.digits}
+        known = facts(run, x, bound_run.vjp, wanted, **more)
+        rule, taken = suggested(run, x, bound_run.vjp, wanted, **more)
+        taken = replace(taken, vjp=bound_run.vjp, because=(rule.because, usual.because[-1]))
+        if hasattr(taken, "jvp"):
+            taken = replace(taken, jvp=bound_run.vjp)
+        table = _table(run, x, known, rule, taken, work)
+    advice = Advice(prob=prob, sensealg=taken, vjp=bound_run.vjp, alg=method, why_method=why_method, facts=known,
+                    probes=probes, path=_path(known), table=table, options=dict(options), wrt=wrt,
+                    steps=(sol.stats.naccept, sol.stats.nreject))
+    if measure:
+        from .measure import measured
+
+        return measured(advice, loss, dloss)
+    return advice
+
+
+def _method(prob: Any, alg: Any, options: dict[str, Any], by_ad: Any) -> tuple[Any, str, Any, Probes | None]:
+    """The method, why, a solve with it, and the probes along that solve."""
+    implicit = alg is None and getattr(prob, "mass_matrix", None) is not None
+    run, x = prepare_options(prob, Kvaerno5() if implicit else alg, options, by_ad)
+    if run.kind is not None or alg is not None:
+        sol = solve(prob, alg, **options)
+        return run.method, "", sol, _probes(prob, alg, options, run, x)
+    stiff = Rodas5P() if prob.jac is not None else Kvaerno5()
+    if run.mass is not None:
+        why = "the mass matrix is singular: an implicit method"
+        return stiff, why, solve(prob, stiff, **options), None
+    if run.be.is_complex(x.u0):
+        return Tsit5(), "the default", solve(prob, Tsit5(), **options), None
+    tight = isinstance(x.rtol, float) and x.rtol <= TIGHT
+    plain = Dopri8() if tight else Tsit5()
+    try:
+        sol = solve(prob, plain, **{"max_steps": TRIAL, **options})
+    except SolveError:
+        sol = solve(prob, stiff, **options)
+        return stiff, f"{plain.name} did not reach the end in {TRIAL} steps", sol, _probes(prob, stiff, options, run, x)
+    probes = _probes(prob, plain, options, run, x)
+    if probes is not None and probes.stiff and not probes.bound:
+        why = f"stiff: what decays fastest does so {probes.decay * probes.span:.0f} times within the span"
+        return stiff, why, solve(prob, stiff, **options), probes
+    why = "not stiff, and tight tolerances" if tight else "not stiff"
+    return plain, why, sol, probes
+
+
+def _probes(prob: Any, alg: Any, options: dict[str, Any], run: Run, x: Inputs) -> Probes | None:
+    """Probes at states along the solution, of an ordinary differential equation with real states."""
+    if run.kind is not None or run.mass is not None or run.be.is_complex(x.u0):
+        return None
+    usual = {k: v for k, v in options.items() if k not in ("saveat", "dense", "progress")}
+    try:
+        sol = solve(prob, alg, saveat=POINTS, **usual)
+    except UnsupportedCombination:
+        return None
+    be, layout = run.be, run.field.u
+    leaves, _ = be.flatten(sol.u)
+    rows = layout.ravel(be, leaves, batch=1)
+    times = be.concrete_times(sol.t)
+    return None if times is None else probed(run, x, list(times), [rows[i, :] for i in range(rows.shape[0])])
+
+
+def _work(run: Run, x: Inputs, sol: Any) -> Work:
+    """What the forward solve took."""
+    s, wanted = sol.stats, facts(run, x, run.vjp, None)
+    attempts = s.naccept + s.nreject
+    stages = max(1, round(s.nfe / max(1, attempts)))
+    if run.kind is None and run.method.one_step:
+        stepper = bound(run, x)
+        stages = stepper.stages - stepper.fsal
+    return Work(s.nfe, s.naccept, attempts, stages, x.u0.shape[0], wanted.columns, wanted.params,
+                run.method.implicit, run.vjp.extra(run))
+
+
+def _itemsize(run: Run, x: Inputs) -> int:
+    return run.be.xp.finfo(x.u0.dtype).bits // 8 * (2 if run.be.is_complex(x.u0) else 1)
+
+
+def _table(run: Run, x: Inputs, known: Facts, rule: Any, taken: Any, work: Work) -> tuple[Candidate, ...]:
+    """Every candidate: the chosen one, the possible ones from exact to cautioned, the ones ruled out."""
+    work = work._replace(m=known.columns)
+    rows = [_candidate(run, x, known, taken, work, rule)]
+    others = [*ALGORITHMS, *registry().algorithms.values()]
+    for kind in others:
+        algorithm = kind()
+        if spelled(replace(algorithm, vjp=None)) != spelled(replace(taken, vjp=None, **_no_jvp(taken))):
+            rows.append(_candidate(run, x, known, algorithm, work, None))
+    order = {"chosen": 0, "possible": 1, "ruled out": 2}
+    calm = (None, "discretised")
+    return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in calm, r.rule is not None)))
+
+
+def _no_jvp(algorithm: Any) -> dict[str, None]:
+    return {"jvp": None} if hasattr(algorithm, "jvp") else {}
+
+
+def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, rule: Any) -> Candidate:
+    """One row; a refusal is told in its own words."""
+    try:
+        ready, _ = choose(run, x, algorithm, verify=False, wanted=known.wanted)
+    except UnsupportedCombination as e:
+        return Candidate(algorithm, "ruled out", str(e))
+    if not algorithm.boundary and run.be.opaque and (lost := checked_once(run, x)):
+        return Candidate(algorithm, "ruled out", lost, "untraced")
+    cost = estimate(algorithm, work, _itemsize(run, x), known.limit)
+    if rule is not None:
+        return Candidate(algorithm, "chosen", rule.because, rule.id, cost)
+    said = remark(known, ready)
+    why = "exact gradient of the computed solution" if said is None else said.because(known)
+    if known.limit is not None and cost is not None and cost.memory > known.limit:
+        much = f"keeps about {cost.memory} bytes, more than the {known.limit} allowed"
+        return Candidate(algorithm, "ruled out", much, "memory", cost)
+    verdict = "ruled out" if said is not None and said.excludes else "possible"
+    return Candidate(algorithm, verdict, why, None if said is None else said.id, cost)
+
+
+def _path(known: Facts) -> tuple[tuple[str, str, str], ...]:
+    """The questions down to the one that decides: `(question, answer, what follows)`."""
+    path: list[tuple[str, str, str]] = []
+    for rule in rules():
+        if rule.holds(known):
+            answer = spelled(rule.take(known))
+            return (*path, (rule.question, "yes", f"{answer}: {rule.because}"))
+        path.append((rule.question, "no", ""))
+    return tuple(path)

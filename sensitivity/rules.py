@@ -1,0 +1,189 @@
+"""Which sensitivity algorithm: the questions of the decision tree, and what is said of the others.
+
+`auto` and `advise` read the same two tables. `RULES` are asked in their order, and the first that holds decides;
+`REMARKS` say of a candidate what speaks against it. What an algorithm cannot do at all is no rule: `refuse` says it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .algorithms.discrete import RecursiveCheckpointAdjoint
+from .algorithms.forward_ad import ForwardADSensitivity
+from .algorithms.gauss import GaussAdjoint
+from .algorithms.implicit import ImplicitAdjoint
+from .integrate import Run
+from .registry import registry
+from .system import Inputs
+
+FEW = 100
+# Digits lost backwards that rule a method out: a growth of exp(15) in float64, exp(7) in float32.
+LOST = {64: 6.5, 32: 3.0}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules know of a problem.
+
+    Attributes
+    ----------
+    kind : "ode", "dde", "sde" or "steady".
+    n, params : number of entries of the state, and of the parameters that can be differentiated.
+    wanted : the inputs to differentiate, "u0", "theta", "t0", "t1", "saveat"; None where all may be asked for.
+    saves : how many rows of output, or "steps".
+    method : "explicit", "implicit" or "black box".
+    mass, events, dense : whether there is a singular mass matrix, there are events, there is dense output.
+    backend : its name.
+    transposes : whether a product `f_u^T w` costs about one evaluation of `f`, and not one per entry.
+    bits : of the floating-point format.
+    memory : the budget in bytes, as it was given, or None; known to `advise` only.
+    kept : bytes of all steps with their stages, where a solve has shown them; known to `advise` only.
+    digits : how many digits the contraction of the solution costs who goes backwards; known to `advise` only.
+    """
+
+    kind: str
+    n: int
+    params: int
+    wanted: frozenset[str] | None
+    saves: int | str
+    method: str
+    mass: bool
+    events: bool
+    dense: bool
+    backend: str
+    transposes: bool
+    bits: int
+    memory: Any = None
+    kept: float | None = None
+    limit: int | None = None
+    digits: float | None = None
+
+    @property
+    def columns(self) -> int:
+        """How many numbers are differentiated with respect to."""
+        if self.wanted is None:
+            return self.n + self.params
+        return (self.n * ("u0" in self.wanted) + self.params * ("theta" in self.wanted)
+                + len(self.wanted & {"t0", "t1"}))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One question of the decision tree.
+
+    Attributes
+    ----------
+    id : its name.
+    question : what is asked.
+    holds : `holds(facts)`.
+    take : `take(facts)` is the algorithm where it holds.
+    because : the reason, one sentence.
+    reference : where it comes from: a paper, or a count of the work.
+    """
+
+    id: str
+    question: str
+    holds: Callable[[Facts], bool]
+    take: Callable[[Facts], Any]
+    because: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What speaks against a candidate: `holds(facts, algorithm)`; with `excludes` it is not offered."""
+
+    id: str
+    holds: Callable[[Facts, Any], bool]
+    because: Callable[[Facts], str]
+    reference: str
+    excludes: bool = False
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("steady", "Is a steady state wanted?",
+         lambda f: f.kind == "steady", lambda f: ImplicitAdjoint(),
+         "implicit function theorem: one transposed linear solve, however many parameters", "Christianson (1994)"),
+    Rule("hidden-stages", "Does the method hide its stages?",
+         lambda f: f.method == "black box", lambda f: GaussAdjoint(),
+         "the method shows its solution and not its stages, so the adjoint is continuous",
+         "Norcliffe, Deisenroth (2023)"),
+    Rule("delays", "Does f look at the past?",
+         lambda f: f.kind == "dde", lambda f: RecursiveCheckpointAdjoint(),
+         "exact gradient of the computed solution, with break points that move with the lags",
+         "Calver, Enright (2017)"),
+    Rule("noise", "Is there noise?",
+         lambda f: f.kind == "sde", lambda f: RecursiveCheckpointAdjoint(),
+         "exact gradient along the path; a continuous adjoint would be right only up to the error of the steps",
+         "Kidger (2021), chapter 5"),
+    Rule("constraints", "Is the mass matrix singular?",
+         lambda f: f.mass, lambda f: RecursiveCheckpointAdjoint(),
+         "exact gradient of the computed solution, and the constraints need no adjoint initial values",
+         "Cao, Li, Petzold, Serban (2003)"),
+    Rule("memory", "Are the steps more than the memory allows?",
+         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0)
+         and f.method == "explicit" and not (f.events or f.dense),
+         lambda f: RecursiveCheckpointAdjoint(memory=f.memory),
+         "exact gradient of the computed solution; keeps the states that fit, and repeats steps for the others",
+         "Griewank, Walther (2000)"),
+    Rule("columns", "Are products made by differences, u0 fixed, and parameters few?",
+         lambda f: not f.transposes and f.wanted == frozenset({"theta"}) and f.params <= min(f.n, FEW)
+         and f.method == "explicit" and not (f.events or f.dense),
+         lambda f: ForwardADSensitivity(),
+         "exact gradient of the computed solution; by differences one product per parameter and stage costs less than "
+         "a transposed one, which takes every entry of u as well",
+         "2 p evaluations of f per stage, against 2 (n + p)"),
+    Rule("default", "None of these?", lambda f: True, lambda f: RecursiveCheckpointAdjoint(),
+         "exact gradient of the computed solution; costs one product with the derivatives of f per stage",
+         "Hager (2000); Sanz-Serna (2016)"),
+)
+
+REMARKS: tuple[Remark, ...] = (
+    Remark("contraction", lambda f, a: a.retraces and f.digits is not None and f.digits > LOST.get(f.bits, 3.0),
+           lambda f: f"going backwards would lose {amount(f.digits)} digits: what contracts forwards grows backwards",
+           "Gholami, Keutzer, Biros (2019); McCallum, Foster (2024)", excludes=True),
+    Remark("backwards", lambda f, a: a.retraces and f.digits is not None and f.digits > 1.0,
+           lambda f: f"going backwards puts {amount(f.digits)} digits at risk", "Gholami, Keutzer, Biros (2019)"),
+    Remark("many-columns", lambda f, a: a.per_input and f.columns > FEW,
+           lambda f: f"{f.columns} columns: its work grows with the number of inputs", "Ma et al. (2021)"),
+    Remark("second-order", lambda f, a: a.name == "ForwardOverAdjoint",
+           lambda f: "for second derivatives; a gradient is that of its inner adjoint", "Ozyurt, Barton (2005)"),
+    Remark("tape", lambda f, a: not a.boundary,
+           lambda f: "exact, but the tape holds every stage of each attempted step",
+           "Griewank, Walther (2008)"),
+    Remark("discretised", lambda f, a: not a.exact, lambda f: "derivative of the equation, right up to the tolerance",
+           "Hager (2000)"),
+)
+
+
+def amount(digits: float | None) -> str:
+    """A number of digits as text."""
+    return "no" if digits is None else "more than 300" if digits > 300 else f"{digits:.1f}"
+
+
+def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, **more: Any) -> Facts:
+    """The facts of a run; nothing is evaluated."""
+    method = "black box" if not run.method.one_step else "implicit" if run.method.implicit else "explicit"
+    saves = run.saves if isinstance(run.saves, int | str) and run.saves != "ts" else (
+        1 if x.saveat is None else x.saveat.shape[0])
+    return Facts("ode" if run.kind is None else run.kind.name, x.u0.shape[0],
+                 sum(math.prod(v.shape) for v in x.theta), wanted, saves, method, run.mass is not None,
+                 bool(run.events), run.dense, run.backend, vjp.transposes, run.be.xp.finfo(x.u0.dtype).bits, **more)
+
+
+def rules() -> tuple[Rule, ...]:
+    """The rules of plugins, then those above."""
+    return (*registry().rules, *RULES)
+
+
+def selected(known: Facts) -> Rule:
+    """The first rule that holds."""
+    return next(rule for rule in rules() if rule.holds(known))
+
+
+def remark(known: Facts, algorithm: Any) -> Remark | None:
+    """The first remark on a candidate, if there is one."""
+    return next((r for r in REMARKS if r.holds(known, algorithm)), None)

@@ -1,0 +1,406 @@
+"""The automatic choice and `advise`: they agree, never take what refuses, and say why in words that are true."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sensitivity as sa
+from sensitivity.advice import spelled
+from sensitivity.rules import RULES, facts, rules
+from sensitivity.solve import prepare_options
+
+WRONG = 1.01
+
+
+def plain_lotka(t, u, p):
+    return np.array([p[0] * u[0] - p[1] * u[0] * u[1], -p[2] * u[1] + p[3] * u[0] * u[1]])
+
+
+def lotka_vjp(t, u, p, w):
+    J = np.array([[p[0] - p[1] * u[1], -p[1] * u[0]], [p[3] * u[1], -p[2] + p[3] * u[0]]])
+    P = np.array([[u[0], -u[0] * u[1], 0, 0], [0, 0, -u[1], u[0] * u[1]]])
+    return J.T @ w, P.T @ w
+
+
+def wrong_vjp(t, u, p, w):
+    a, b = lotka_vjp(t, u, p, w)
+    return WRONG * a, b
+
+
+def decay(t, u, p):
+    return -p * u
+
+
+def vdp(t, u, p):
+    return np.array([u[1], p[0] * (1.0 - u[0] ** 2) * u[1] - u[0]])
+
+
+def ring(t, u, p):
+    v = u.copy()
+    v[:] = p[0] * (np.roll(np.asarray(u, float), 1) - u) + p[1] * np.sin(np.asarray(u, float))
+    return v
+
+
+U2 = np.array([1.0, 2.0])
+ODE = sa.ODEProblem(decay, U2, (0.0, 1.0), np.array(0.5))
+LV = sa.ODEProblem(plain_lotka, np.array([1.0, 1.0]), (0.0, 2.0), np.array([1.5, 1.0, 3.0, 1.0]), vjp=lotka_vjp)
+RING = sa.ODEProblem(ring, np.linspace(0.0, 1.0, 8), (0.0, 1.0), np.array([1.0, 0.5]))
+DAE = sa.ODEProblem(lambda t, u, p: np.stack([-p * u[0] + u[1], u[0] - u[1]]), np.array([1.0, 1.0]), (0.0, 1.0),
+                    np.array(2.0), mass_matrix=np.diag([1.0, 0.0]))
+DDE = sa.DDEProblem(lambda t, u, h, p: -p[0] * h(t - 0.5), np.array([1.0]), lambda t, p: np.array([1.0]), (0.0, 1.0),
+                    np.array([0.7]), lags=[0.5])
+STEADY = sa.SteadyStateProblem(lambda t, u, p: p - u, U2, np.array([2.0, 3.0]))
+JUMP = sa.PresetTimes(np.array([0.5]), lambda t, u, p: 2.0 * u)
+
+# What `auto` takes: problem, method, options, and the rule that decides.
+TABLE = {
+    "ode": (ODE, sa.Tsit5(), {}, "default"),
+    "fixed": (ODE, sa.RK4(), {"dt": 0.1}, "default"),
+    "stiff": (ODE, sa.Kvaerno5(), {}, "default"),
+    "rosenbrock": (ODE, sa.Rodas5P(), {}, "default"),
+    "u0": (ODE, sa.Tsit5(), {"wrt": "u0"}, "default"),
+    "saveat": (ODE, sa.Tsit5(), {"saveat": 5}, "default"),
+    "dense": (ODE, sa.Tsit5(), {"dense": True}, "default"),
+    "user": (LV, sa.Tsit5(), {"wrt": "p"}, "default"),
+    "black-box": (ODE, sa.ScipySolver("RK45"), {}, "hidden-stages"),
+    "differences": (RING, sa.Tsit5(), {"wrt": "p"}, "columns"),
+    "differences-all": (RING, sa.Tsit5(), {}, "default"),
+    "differences-stiff": (RING, sa.Kvaerno5(), {"wrt": "p"}, "default"),
+    "events": (ODE, sa.Tsit5(), {"events": JUMP}, "default"),
+    "dae": (DAE, sa.Kvaerno5(), {}, "constraints"),
+    "dde": (DDE, sa.Tsit5(), {}, "delays"),
+    "steady": (STEADY, None, {}, "steady"),
+}
+
+
+def squares(sol):
+    return (sol.u**2).sum()
+
+
+def dsquares(sol):
+    return 2.0 * sol.u
+
+
+def made(prob, alg, options, sensealg):
+    dloss = None if not sensealg.boundary else dsquares
+    return sa.gradient(prob, alg, squares, sensealg=sensealg, dloss=dloss, **options)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_advise_says_what_auto_does(name):
+    prob, alg, options, decides = TABLE[name]
+    advice = sa.advise(prob, alg, **options)
+    r = sa.gradient(prob, alg, squares, dloss=dsquares, **options)
+    assert advice.sensealg.name == r.sensealg.name
+    assert advice.vjp == r.sensealg.vjp
+    assert advice.sensealg.because == r.sensealg.because
+    (chosen,) = [c for c in advice.table if c.verdict == "chosen"]
+    assert chosen.rule == decides
+    assert chosen.why == r.sensealg.because[0]
+    again = made(prob, alg, options, advice.sensealg)
+    for part in ("u0", "p"):
+        if getattr(r, part) is not None:
+            np.testing.assert_array_equal(getattr(again, part), getattr(r, part))
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_every_candidate_runs_or_says_its_refusal(name):
+    prob, alg, options, _ = TABLE[name]
+    advice = sa.advise(prob, alg, **options)
+    assert len(advice.table) >= 12
+    truth = made(prob, alg, options, advice.sensealg)
+    size = max(np.abs(v).max() for v in (truth.u0, truth.p) if v is not None)
+    for row in advice.table:
+        if row.verdict == "ruled out" and row.rule is None:
+            with pytest.raises(sa.UnsupportedCombination) as e:
+                made(prob, alg, options, row.sensealg)
+            assert str(e.value) == row.why
+            continue
+        if row.rule == "untraced":
+            with pytest.raises(sa.UnsupportedCombination, match="AD fails"):
+                made(prob, alg, options, row.sensealg)
+            continue
+        r = made(prob, alg, options, row.sensealg)
+        # Discretise-then-differentiate and the reverse differ by the error of the steps, here of a fixed 0.1.
+        tolerance = 1e-3 if name == "fixed" else 1e-4
+        for part in ("u0", "p"):
+            if getattr(truth, part) is not None:
+                np.testing.assert_allclose(getattr(r, part), getattr(truth, part), atol=tolerance * size,
+                                           err_msg=row.name)
+
+
+def test_in_every_framework(lab):
+    prob = lab.lotka_volterra(t1=1.0)
+    advice = sa.advise(prob, sa.Tsit5())
+    sol = sa.solve(prob, sa.Tsit5())
+    assert (advice.sensealg.name, advice.vjp) == (sol.sensealg.name, sol.sensealg.vjp)
+    assert advice.sensealg.because == sol.sensealg.because
+    assert advice.facts.backend == lab.name
+    # The eigenvalues at the start, (1, 1), are those of [[0.5, -1], [1, -2]].
+    assert advice.probes.rate >= 1.5
+    assert advice.vjp == sa.ReverseVJP()
+
+
+def test_noise():
+    prob = sa.SDEProblem(decay, lambda t, u, p: 0.1 * u, U2, (0.0, 1.0), np.array(0.5), noise="diagonal",
+                         interpretation="stratonovich", key=1)
+    options = {"dt": 0.1}
+    advice = sa.advise(prob, sa.StochasticHeun(), **options)
+    r = sa.gradient(prob, sa.StochasticHeun(), squares, dloss=dsquares, **options)
+    assert (advice.sensealg.name, advice.sensealg.because) == (r.sensealg.name, r.sensealg.because)
+    assert advice.facts.kind == "sde"
+    for row in advice.table:
+        if row.verdict == "ruled out":
+            with pytest.raises(sa.UnsupportedCombination) as e:
+                made(prob, sa.StochasticHeun(), options, row.sensealg)
+            assert str(e.value) == row.why
+
+
+def test_counts_of_exact_algorithms_are_what_they_take():
+    advice = sa.advise(LV, sa.Tsit5())
+    for kind in (sa.RecursiveCheckpointAdjoint, sa.ReversibleAdjoint):
+        (row,) = [c for c in advice.table if type(c.sensealg) is kind]
+        stats = made(LV, sa.Tsit5(), {}, kind()).stats
+        assert (row.estimate.nfe, row.estimate.nvjp) == (stats.nfe, stats.nvjp)
+
+
+def test_columns_by_differences_are_cheaper():
+    calls = [0]
+
+    def counted(t, u, p):
+        calls[0] += 1
+        return ring(t, u, p)
+
+    prob = RING.remake(f=counted)
+    spent = {}
+    for kind in (sa.ForwardADSensitivity, sa.RecursiveCheckpointAdjoint):
+        calls[0] = 0
+        made(prob, sa.Tsit5(), {"wrt": "p", "probe": "off"}, kind(vjp=sa.FiniteDifferenceVJP()))
+        spent[kind] = calls[0]
+    assert 2 * spent[sa.ForwardADSensitivity] < spent[sa.RecursiveCheckpointAdjoint]
+
+
+def test_auto_evaluates_nothing():
+    calls = [0]
+
+    def counted(t, u, p):
+        calls[0] += 1
+        return plain_lotka(t, u, p)
+
+    run, x = prepare_options(LV.remake(f=counted), sa.Tsit5(), {"probe": "off"})
+    calls[0] = 0
+    from sensitivity.choose import choose
+
+    choose(run, x, sa.auto)
+    assert calls[0] == 0
+
+
+def test_method_is_recommended():
+    assert sa.advise(LV).alg == sa.Tsit5()
+    assert sa.advise(LV, rtol=1e-10, atol=1e-10).alg == sa.Dopri8()
+    stiff = sa.ODEProblem(vdp, np.array([2.0, 0.0]), (0.0, 1.0), np.array([1000.0]))
+    advice = sa.advise(stiff)
+    assert advice.alg == sa.Kvaerno5()
+    assert advice.probes.stiff
+    # At (2, 0) one eigenvalue is near -3 mu.
+    assert 2500.0 < advice.probes.decay < 3100.0
+    assert sa.advise(stiff.remake(jac=lambda t, u, p: np.array(
+        [[0.0, 1.0], [-2.0 * p[0] * u[0] * u[1] - 1.0, p[0] * (1.0 - u[0] ** 2)]]))).alg == sa.Rodas5P()
+    assert sa.advise(DAE).alg == sa.Kvaerno5()
+
+
+def test_digits_at_risk_of_a_decay():
+    """`u' = -a u` loses `a T / ln 10` digits on the way back."""
+    for a, ruled in ((1.0, False), (30.0, True)):
+        advice = sa.advise(ODE.remake(p=np.array(a)), sa.Tsit5())
+        assert advice.probes.digits == pytest.approx(a / np.log(10.0), rel=1e-6)
+        (row,) = [c for c in advice.table if c.sensealg.name == "BacksolveAdjoint"]
+        assert (row.verdict == "ruled out") is ruled
+        assert row.rule == ("contraction" if ruled else "discretised")
+
+
+def test_large_states_get_a_bound():
+    prob = sa.ODEProblem(lambda t, u, p: -p * u, np.ones(40), (0.0, 1.0), np.array(2.0))
+    probes = sa.advise(prob, sa.Tsit5()).probes
+    assert probes.bound
+    assert probes.digits == pytest.approx(2.0 / np.log(10.0), rel=1e-5)
+
+
+def test_memory_budget():
+    prob = sa.ODEProblem(decay, np.ones(50), (0.0, 10.0), np.array(2.0))
+    advice = sa.advise(prob, sa.Tsit5(), memory="30kB")
+    assert advice.sensealg == sa.RecursiveCheckpointAdjoint(memory="30kB", vjp=sa.ReverseVJP())
+    chosen, *others = advice.table
+    assert chosen.rule == "memory"
+    assert chosen.estimate.memory <= 30_000
+    assert {c.rule for c in others if c.sensealg.name == "DirectAdjoint"} == {"memory"}
+    assert sa.advise(prob, sa.Tsit5(), memory="1GB").sensealg.memory is None
+
+
+def test_measured_gradients_agree(numpy_lab):
+    pytest.importorskip("autograd")
+    advice = sa.advise(numpy_lab.lotka_volterra(t1=2.0), sa.Tsit5(), measure=True)
+    assert advice.agree
+    tried = [c for c in advice.table if c.error is not None]
+    assert len(tried) == 10
+    assert all(0.0 <= c.error < 1e-4 for c in tried)
+    assert all(c.seconds > 0.0 and c.peak > 0 for c in tried)
+    times = [c.seconds for c in tried]
+    assert times == sorted(times)
+    assert "differences of f" in advice.reference
+    (chosen,) = [c for c in advice.table if c.verdict == "chosen"]
+    offered = [c.seconds for c in tried if c.rule not in ("backwards", "second-order")]
+    assert chosen.seconds <= offered[0] / 0.85 * (1.0 + 1e-9)
+    assert f"{len(tried)} gradients agree" in str(advice)
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_measuring_catches_a_wrong_vjp():
+    advice = sa.advise(LV.remake(vjp=wrong_vjp), sa.Tsit5(), loss=squares, dloss=dsquares, measure=True)
+    assert advice.agree is False
+    wrong = {c.sensealg.name for c in advice.table if c.verdict == "wrong"}
+    assert {"RecursiveCheckpointAdjoint", "InterpolatingAdjoint", "GaussAdjoint"} <= wrong
+    assert advice.vjp != sa.UserVJP()
+    assert "WRONG" in str(advice)
+    r = made(LV.remake(vjp=wrong_vjp), sa.Tsit5(), {}, advice.sensealg)
+    np.testing.assert_allclose(r.p, made(LV, sa.Tsit5(), {}, sa.RecursiveCheckpointAdjoint()).p, rtol=1e-5)
+    right = sa.advise(LV, sa.Tsit5(), loss=squares, dloss=dsquares, measure=True)
+    assert right.agree
+    assert right.vjp == sa.UserVJP()
+
+
+def test_measuring_other_kinds():
+    """Reference and candidates in single precision, of a steady state, and of a state that is a tree."""
+    pytest.importorskip("autograd")
+    tree = sa.ODEProblem(lambda t, u, p: {"a": -p["k"] * u["a"], "b": u["a"][:1] - u["b"]},
+                         {"a": np.ones(2), "b": np.ones(1)}, (0.0, 1.0), {"k": np.array(1.0)})
+    single = ODE.remake(u0=U2.astype("float32"), p=np.float32(0.5))
+    for prob, alg, count in ((tree, sa.Tsit5(), 10), (single, sa.Tsit5(), 10), (STEADY, None, 1)):
+        advice = sa.advise(prob, alg, measure=True)
+        assert advice.agree
+        assert sum(c.error is not None for c in advice.table) == count
+
+
+def test_text_html_and_json_say_the_same():
+    advice = sa.advise(LV, sa.Tsit5(), rtol=1e-5)
+    text, html, data = str(advice), advice._repr_html_(), json.loads(advice.to_json())
+    assert "estimated, nothing measured" in text
+    assert data["sensealg"] == spelled(advice.sensealg) == "sa.RecursiveCheckpointAdjoint(vjp=sa.UserVJP())"
+    assert data["code"] in text
+    assert data["facts"]["n"] == 2
+    assert data["facts"]["params"] == 4
+    assert [row["verdict"] for row in data["table"]].count("chosen") == 1
+    assert [step[1] for step in data["path"]] == ["no"] * (len(data["path"]) - 1) + ["yes"]
+    for row in data["table"]:
+        assert row["sensealg"] in text
+        assert f">{row['sensealg']}<" in html
+        assert " ".join(row["why"].split()) in text
+    assert data["table"][0]["measured_seconds"] is None
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_the_line_to_paste_works():
+    advice = sa.advise(LV, sa.Tsit5(), rtol=1e-5, wrt="p")
+    r = eval(advice.code, {"sa": sa, "prob": LV, "loss": lambda sol: (sol.u**2).sum()})
+    np.testing.assert_allclose(r.p, made(LV, sa.Tsit5(), {"rtol": 1e-5, "wrt": "p"}, advice.sensealg).p, rtol=1e-8)
+
+
+def test_picture():
+    pytest.importorskip("matplotlib")
+    advice = sa.advise(ODE, sa.Tsit5())
+    ax = advice.plot()
+    names = {t.get_text() for t in ax.texts}
+    assert names == {c.name for c in advice.table if c.verdict != "ruled out"}
+    assert "estimated" in ax.get_xlabel()
+
+
+def test_rules_of_plugins_come_first(monkeypatch):
+    from sensitivity.registry import registry
+
+    mine = replace(RULES[-1], id="mine", take=lambda f: sa.DirectAdjoint(), because="because I say so")
+    monkeypatch.setattr(registry(), "rules", (mine,))
+    assert rules()[0] is mine
+    sol = sa.solve(ODE, sa.Tsit5())
+    assert sol.sensealg.name == "DirectAdjoint"
+    assert sol.sensealg.because[0] == "because I say so"
+
+
+def test_rules_are_complete():
+    assert len({r.id for r in RULES}) == len(RULES)
+    assert all(r.because and r.reference and r.question.endswith("?") for r in RULES)
+    run, x = prepare_options(ODE, None, {})
+    assert RULES[-1].holds(facts(run, x, sa.ReverseVJP()))
+
+
+def test_an_ensemble_is_refused():
+    ensemble = sa.EnsembleProblem(ODE, p=np.array([0.5, 1.0]))
+    with pytest.raises(sa.InputError, match=r"ensemble\.prob"):
+        sa.advise(ensemble)
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "sensitivity", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+SCRIPT = """
+import numpy as np
+import sensitivity as sa
+prob = sa.ODEProblem(lambda t, u, p: -p * u, np.array([1.0, 2.0]), (0.0, 1.0), np.array(0.5))
+other = prob.remake(tspan=(0.0, 2.0))
+"""
+
+
+def test_advise_at_the_command_line(tmp_path):
+    script = tmp_path / "model.py"
+    script.write_text(SCRIPT)
+    done = command("advise", f"{script}:prob", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sensealg"].startswith("sa.RecursiveCheckpointAdjoint(")
+    done = command("advise", str(script))
+    assert done.returncode == 1
+    assert "prob, other" in done.stderr
+
+
+def test_doctor_at_the_command_line():
+    done = command("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    backends = {b["name"]: b for b in found["backends"]}
+    assert backends["numpy"]["x64"]
+    assert backends["numpy"]["version"] == np.__version__
+    assert 0.0 < backends["numpy"]["error"] < 1e-9
+    assert set(backends) <= set(found["plugins"])
+    assert "numpy" in command("doctor").stdout
+
+
+def test_the_documentation_lists_the_rules():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "advisor.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$", page, re.M)
+    run, x = prepare_options(ODE, None, {})
+    known = facts(run, x, sa.ReverseVJP(), memory="1GB")
+    assert listed == [(r.id, r.question, r.take(known).name) for r in RULES]
+
+
+def test_the_fastest_right_one_is_chosen():
+    from sensitivity.measure import _decided
+
+    advice = sa.advise(ODE, sa.Tsit5())
+    usual, other, *rest = (c for c in advice.table if c.verdict != "ruled out")
+    rest = [replace(c, seconds=9.0) for c in rest]
+    for seconds, fastest in ((0.9, usual), (0.8, other)):
+        decided = _decided(advice, [replace(usual, seconds=1.0), replace(other, seconds=seconds), *rest])
+        (chosen,) = [c for c in decided.table if c.verdict == "chosen"]
+        assert chosen.name == fastest.name
+        assert decided.sensealg.name == fastest.sensealg.name
+        assert (decided.path == advice.path) is (fastest is usual)
+    decided = _decided(advice, [replace(usual, verdict="wrong"), replace(other, seconds=1.0)])
+    assert decided.sensealg.name == other.sensealg.name
