@@ -8,9 +8,11 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
+from .errors import NumericalDerivativeWarning
 from .integrate import Run, span
 from .jacobian import sizes
 from .system import Inputs
+from .userfunction import calling_depth
 from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
 
 ENTRYWISE = 256
@@ -35,8 +37,13 @@ def trusted(run: Run, x: Inputs, size: int) -> VJP:
     if not isinstance(run.vjp, UserVJP | ReverseVJP):
         return run.vjp
     reverse = ReverseVJP()
-    fails = reverse.missing(run) or (run.be.opaque and _disagreement(run, x, size))
-    return FiniteDifferenceVJP() if fails else reverse
+    fails = reverse.missing(run) or (_disagreement(run, x, size) if run.be.opaque else None)
+    if fails is None:
+        return reverse
+    warnings.warn(f"a condition or affect of an event is differentiated by central differences, because {fails}; "
+                  "write it in the AD's namespace for exact derivatives", NumericalDerivativeWarning,
+                  stacklevel=calling_depth())
+    return FiniteDifferenceVJP()
 
 
 def _disagreement(run: Run, x: Inputs, size: int) -> str | None:

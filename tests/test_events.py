@@ -414,3 +414,16 @@ def test_jax_closures_are_differentiated(jax_lab):
 
     # sin t = level
     assert float(jax.grad(when)(0.5)) == pytest.approx(1.0 / math.sqrt(0.75), rel=1e-8)
+
+
+def test_differences_of_an_affect_are_said_aloud(numpy_lab):
+    """An affect that leaves autograd's namespace is differentiated by differences, with a warning, and right."""
+    xp = numpy_lab.xp
+    prob = sa.ODEProblem(lambda t, u, p: xp.stack([u[1], -p[0] * u[0]]), np.array([0.1, 1.0]), (0.0, 4.0), np.ones(1))
+    by_hand = sa.Event(lambda t, u, p: u[0], lambda t, u, p: np.array([float(u[0]), 0.5 * float(u[1])]))
+    in_namespace = sa.Event(lambda t, u, p: u[0], lambda t, u, p: xp.stack([u[0], 0.5 * u[1]]))
+    with pytest.warns(sa.NumericalDerivativeWarning, match="condition or affect"):
+        a = sa.gradient(prob, sa.Tsit5(), lambda s: (s.u ** 2).sum(), events=by_hand)
+    b = sa.gradient(prob, sa.Tsit5(), lambda s: (s.u ** 2).sum(), events=in_namespace)
+    assert a.u0 == pytest.approx(b.u0, rel=1e-7)
+    assert a.p == pytest.approx(b.p, rel=1e-7)
