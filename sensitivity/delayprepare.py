@@ -6,12 +6,32 @@ import inspect
 import math
 from typing import Any
 
+from . import probe as first_call
 from .backend import Array
 from .delay import Delayed, DelayedModule, Delays, Lags, Past, Setting, StateLags
 from .errors import CapturedValueError, InputError, SignatureError, TimesError, UnsupportedCombination
+from .kinds import Ordinary, Start
 from .methods import RungeKutta
 from .system import Layout
 from .userfunction import location, signed
+
+
+class Retarded(Ordinary):
+    """A `DDEProblem` on its way to a `Run`."""
+
+    interpolated = True
+
+    def function(self, start: Start, method: Any, events: Any, probe: str,
+                 wrt: tuple[str, ...] | None) -> tuple[Any, tuple[Array, ...]]:
+        be = start.be
+        f, past, self.special = opened(be, self.prob, start.layout, start.t0, start.u0, start.p, method, events,
+                                       start.span)
+        if probe != "off":
+            first_call.check(be, self.prob.remake(f=f), start.t0, start.u, start.p, probe, wrt)
+        return be.hoist(f, start.time, past, start.p)
+
+    def room(self, be: Any, max_steps: int, capacity: int, given: int | None) -> tuple[int, int]:
+        return self.special.room(be, max_steps, capacity, given)
 
 
 def opened(be: Any, prob: Any, layout: Layout, t0: Any, u0: Array, p: Any, method: Any, events: Any,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .arguments import choice
 from .choose import auto
 from .errors import InputError
-from .prepare import _choice
 
 if TYPE_CHECKING:
     from .packed import Objective
@@ -41,7 +41,7 @@ def objective(prob: Any, alg: Any = None, loss: Callable[[Any], Any] | None = No
     """
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
-        _choice("wrt", name, ("p", "u0"))
+        choice("wrt", name, ("p", "u0"))
     if loss is None and residuals is None:
         raise InputError("neither loss nor residuals was given", "there is nothing to minimise",
                          "sa.objective(prob, alg, loss=lambda sol: (sol.u ** 2).sum())")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import probe as first_call
+from .arguments import choice, state, state_dtype, tolerances
 from .compressed import Pattern
 from .errors import InputError, SignatureError, SolveError, UnsupportedCombination
 from .integrate import Run
-from .prepare import _choice, _state, _state_dtype, _tolerances
 from .registry import registry
 from .retcode import RetCode
 from .steadymethods import Newton, PseudoTransient, SteadyStateMethod
@@ -140,7 +140,7 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
             raise InputError(f"{name}={value!r} was given with a SteadyStateProblem", "a steady state has no times",
                              f"leave {name} out")
     method = _method(alg)
-    _choice("probe", probe, ("raise", "warn", "off"))
+    choice("probe", probe, ("raise", "warn", "off"))
     if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
         raise InputError(f"max_steps={max_steps!r} is not a positive integer", "it bounds the iterations",
                          f"max_steps={MAX_ITERATIONS}")
@@ -148,8 +148,8 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
     u_leaves, u_structure = be.flatten(prob.u0)
     if not u_leaves:
         raise InputError(f"u0={prob.u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
-    kind = _state_dtype(be, u_leaves, dtype)
-    u_leaves = [_state(be, v, kind, device) for v in u_leaves]
+    kind = state_dtype(be, u_leaves, dtype)
+    u_leaves = [state(be, v, kind, device) for v in u_leaves]
     layout = Layout(u_structure, tuple(tuple(v.shape) for v in u_leaves))
     u0 = layout.ravel(be, u_leaves)
     if be.is_complex(u0):
@@ -163,7 +163,7 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
     if probe != "off":
         first_call.check(be, prob, t, u_tree, p_tree, probe, wrt)
     f, captured = be.hoist(prob.f, be.time(be.scalar(t)), u_tree, p_tree)
-    rtol, atol = _tolerances(be, rtol, atol, u0.dtype, layout, u0)
+    rtol, atol = tolerances(be, rtol, atol, u0.dtype, layout, u0)
     limit = max_steps or MAX_ITERATIONS
     run = Run(
         be=be, backend=be.name, field=Field(f, layout, partition, len(captured)), method=method, controller=None,

@@ -1,0 +1,43 @@
+"""From an `SDEProblem` to what its solve needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import probe as first_call
+from .backend import Array
+from .kinds import Ordinary, Start
+from .stochastic import Pair, Stochastic, drive
+from .stochasticchecks import check_diffusion, check_steps, method_for
+from .system import Field, Products
+
+
+class Noisy(Ordinary):
+    """An `SDEProblem` on its way to a `Run`."""
+
+    def method(self, alg: Any, steps: dict[str, Any]) -> Any:
+        method = method_for(self.prob, alg)
+        check_steps(steps)
+        return method
+
+    def function(self, start: Start, method: Any, events: Any, probe: str,
+                 wrt: tuple[str, ...] | None) -> tuple[Any, tuple[Array, ...]]:
+        be, prob = start.be, self.prob
+        if probe != "off":
+            first_call.check(be, prob, start.t0, start.u, start.p, probe, wrt)
+        self.diffusion = be.evaluate(prob.g, start.time, start.u, start.p)
+        if probe != "off":
+            check_diffusion(be, prob, method, start.time, start.u, start.p)
+        self.special = Stochastic(prob.interpretation)
+        return Pair.hoisted(be, prob, start.time, start.u, start.p)
+
+    def times(self, be: Any, t0: Array, t1: Array, saveat: Any) -> tuple[Array, Array, Any]:
+        return be.fixed(t0, "t0"), be.fixed(t1, "t1"), be.fixed(saveat, "saveat")
+
+    def driven(self, start: Start, method: Any, field: Field, t1: Array, dt: float | None,
+               capacity: int) -> tuple[Field, tuple[Array, ...]]:
+        assert dt is not None
+        return drive(start.be, self.prob, method, field, self.diffusion, start.u0, start.t0, t1, dt, capacity)
+
+    def products(self) -> Products:
+        return Products()
