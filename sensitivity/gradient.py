@@ -41,9 +41,7 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
         A real scalar function of the `Solution`, or a cost given by its derivatives or its integrand. For a sum, or
         for a cost, the solution that is shown (to a callable too) has the rows of `saveat`; without `saveat`, the end
         where a callable or only a running cost asks for it, else the times of the `DiscreteCost`.
-        As for `solve`; with an `EnsembleProblem` there is one loss, and one gradient, for each member.
-    loss : callable
-        A real scalar function of the `Solution`.
+        With an `EnsembleProblem` there is one loss, and one gradient, for each member.
     wrt : str or tuple of str, optional
         Which of "u0", "p", "t0", "t1", "saveat" to differentiate with respect to; `u0` and, if there are any, `p`.
     dloss : callable, optional

@@ -39,6 +39,29 @@ class Layout:
             start = stop
         return leaves
 
+    def bare(self, be: Backend) -> bool:
+        """Whether the tree is one array, not a container."""
+        marker = object()
+        return len(self.shapes) == 1 and be.unflatten(self.structure, [marker]) is marker
+
+    def opener(self, be: Backend) -> Callable[[Array], Tree]:
+        """`vector -> tree`, without a walk where the tree is one array."""
+        if self.bare(be):
+            (shape,), reshape = self.shapes, be.xp.reshape
+            return (lambda v: v) if len(shape) == 1 else lambda v: reshape(v, shape)
+        return lambda v: be.unflatten(self.structure, self.unravel(be, v))
+
+    def closer(self, be: Backend) -> Callable[[Tree], Array]:
+        """`tree -> vector`, likewise."""
+        bare, reshape = self.bare(be), be.xp.reshape
+
+        def close(tree: Tree) -> Array:
+            if bare and be.is_array(tree):
+                return tree if tree.ndim == 1 else reshape(tree, (-1,))
+            return self.ravel(be, be.flatten(tree)[0])
+
+        return close
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -74,6 +97,18 @@ class Partition:
     @property
     def count(self) -> int:
         return self.roles.count("theta")
+
+    def cotangents(self, be: Backend) -> Callable[[Tree], tuple[Array, ...]]:
+        """From a tree shaped as `p` the leaves that are differentiable, without a walk where `p` is one array."""
+        marker = object()
+        bare = self.roles == ("theta",) and be.unflatten(self.structure, [marker]) is marker
+
+        def leaves(tree: Tree) -> tuple[Array, ...]:
+            if bare and be.is_array(tree):
+                return (tree,)
+            return tuple(v for v, r in zip(be.flatten(tree)[0], self.roles, strict=True) if r == "theta")
+
+        return leaves
 
 
 @dataclass(frozen=True)
@@ -126,16 +161,14 @@ class Field:
               constants: tuple[Array, ...]) -> Callable[[Any, Array], Array]:
         k = self.p.count
         p, captured, f = self.p.join(be, theta[:k], constants), theta[k:k + self.captured], self.f
-        if len(self.u.shapes) == 1:
+        if self.u.bare(be):
             (shape,) = self.u.shapes
-            if self._bare(be):
-                if len(shape) == 1:
-                    return (lambda t, u: f(t, u, p, *captured)) if captured else (lambda t, u: f(t, u, p))
-                reshape = be.xp.reshape
-                return lambda t, u: reshape(f(t, reshape(u, shape), p, *captured), (-1,))
-        structure = self.u.structure
-        return lambda t, u: self.u.ravel(
-            be, be.flatten(f(t, be.unflatten(structure, self.u.unravel(be, u)), p, *captured))[0])
+            if len(shape) == 1:
+                return (lambda t, u: f(t, u, p, *captured)) if captured else (lambda t, u: f(t, u, p))
+            reshape = be.xp.reshape
+            return lambda t, u: reshape(f(t, reshape(u, shape), p, *captured), (-1,))
+        opened = self.u.opener(be)
+        return lambda t, u: self.u.ravel(be, be.flatten(f(t, opened(u), p, *captured))[0])
 
     def state(self, be: Backend, u: Array) -> Tree:
         """The state as `f` receives it."""
@@ -144,8 +177,3 @@ class Field:
     def argument(self, be: Backend, t: Any) -> Any:
         """What `rhs` takes as its first argument at time `t`."""
         return be.time(t)
-
-    def _bare(self, be: Backend) -> bool:
-        """Whether the state is one array, not a container."""
-        marker = object()
-        return be.unflatten(self.u.structure, [marker]) is marker

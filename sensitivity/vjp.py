@@ -281,14 +281,13 @@ class UserVJP(VJP):
         p = field.p.join(be, x.theta[:field.p.count], x.constants)
         in_time = FiniteDifferenceVJP().pullback(run, x, time=True, params=False) if time else None
         own, rest = x.theta[:field.p.count], be.zeros(x.theta[field.p.count:])
+        opened, closed, cotangents = field.u.opener(be), field.u.closer(be), field.p.cotangents(be)
 
         def pull(t: Any, u: Array, ct: Array) -> tuple[Array, tuple[Array, ...], Any]:
-            state = be.unflatten(field.u.structure, field.u.unravel(be, u))
+            state = opened(u)
             if prob.vjp is not None:
-                lam = be.unflatten(field.u.structure, field.u.unravel(be, ct))
-                u_bar, p_bar = prob.vjp(t, state, p, lam)
-                u_bar = field.u.ravel(be, be.flatten(u_bar)[0])
-                theta_bar = tuple(v for v, r in zip(be.flatten(p_bar)[0], field.p.roles, strict=True) if r == "theta")
+                u_bar, p_bar = prob.vjp(t, state, p, opened(ct))
+                u_bar, theta_bar = closed(u_bar), cotangents(p_bar)
             else:
                 u_bar = ct @ prob.jac(t, state, p)
                 theta_bar = be.split(ct @ prob.paramjac(t, state, p), own) if own else ()
@@ -302,17 +301,17 @@ class UserVJP(VJP):
         own = field.p.count
         p = field.p.join(be, x.theta[:own], x.constants)
         numeric = FiniteDifferenceVJP().pushforward(run, x, be.zeros(d_theta))
+        opened, closed = field.u.opener(be), field.u.closer(be)
 
         def push(t: Any, u: Array, du: Array, dt: Any) -> tuple[Array, Array]:
             f = rhs(t, u)
-            state = be.unflatten(field.u.structure, field.u.unravel(be, u))
+            state = opened(u)
             m = du.shape[0]
             if prob.jvp is not None:
                 rows = []
                 for i in range(m):
-                    d_state = be.unflatten(field.u.structure, field.u.unravel(be, du[i, :]))
                     d_p = field.p.join(be, [v[i, ...] for v in d_theta[:own]], x.constants)
-                    rows.append(field.u.ravel(be, be.flatten(prob.jvp(t, state, p, d_state, d_p))[0]))
+                    rows.append(closed(prob.jvp(t, state, p, opened(du[i, :]), d_p)))
                 df = be.xp.stack(rows)
             elif prob.jac is not None:
                 df = du @ prob.jac(t, state, p).T
