@@ -27,7 +27,7 @@ from .backend import Array, Contribution, Record, Scalar
 from .diagonal import Diagonal
 from .explicit import step_jvp, step_vjp
 from .interpolate import interpolant, slope, transpose
-from .jacobian import Jacobian, of_function
+from .jacobian import Jacobian, usable
 from .stepper import Adjoint, Stepper, Tangent
 
 KAPPA = 1e-2
@@ -46,14 +46,39 @@ class Newton(NamedTuple):
     status: Any
 
 
-class Implicit(Stepper):
-    """A diagonally implicit Runge-Kutta method bound to a vector field."""
+class Solving(Stepper):
+    """What the implicit methods have in common: linear equations with `M - c f_u`, M the identity unless said."""
 
     implicit = True
+    jac: Jacobian
+
+    def system(self, t: Any, u: Array, c: Scalar, exact: bool = False) -> Callable:
+        """`solve(b, transposed=False)` with `M - c f_u(t, u)`, for one vector or a row for each.
+
+        `exact` asks for the Jacobian as exact as it can be had, not one to steer an iteration.
+        """
+        if self.jac.system is not None:
+            return self.jac.system(t, u, c)
+        return self._factorized((self.jac.exact if exact else self.jac.near)(t, u), c)
+
+    def _factorized(self, J: Array, c: Scalar) -> Callable:
+        return self.be.factorize(self.be.shifted(J, c))
+
+    def _weighed(self, z: Array) -> Array:
+        """`M z`, for one vector or a row for each."""
+        return z
+
+    def _weighed_back(self, z: Array) -> Array:
+        """`M^T z`."""
+        return z
+
+
+class Implicit(Solving):
+    """A diagonally implicit Runge-Kutta method bound to a vector field."""
 
     def __init__(self, be: Any, tab: Diagonal, rhs: Any, jac: Jacobian | None, tolerance: Any = None) -> None:
         self.be, self.tab, self.rhs, self.tolerance = be, tab, rhs, tolerance
-        self.jac = of_function(be, rhs) if jac is None or jac.near is None else jac
+        self.jac = usable(be, rhs, jac)
         self.order, self.stages, self.fsal = tab.order, tab.stages, tab.fsal
         self._value, self._slope = interpolant(be, tab), slope(be, tab)
 
@@ -74,7 +99,7 @@ class Implicit(Stepper):
         n, hg = u.shape[0], h * tab.gamma
         solve = None
         if self.tolerance is not None:
-            solve = self._factorized(self.jac.near(be.time(t), u), hg)
+            solve = self.system(be.time(t), u, hg)
         slopes = be.unit_rows(tab.stages, n, tab.stages, u)
         if k is not None:
             slopes = be.put(slopes, 0, k)
@@ -93,13 +118,6 @@ class Implicit(Stepper):
         (_, _, count), K = be.recursion(tab.a, u, h, xs, row, (slopes, 1.0, 0), k)
         return be.combine(u, h, tab.b, K), K, count
 
-    def _factorized(self, J: Array, hg: Scalar) -> Callable:
-        return self.be.factorize(self.be.shifted(J, hg))
-
-    def _weighed(self, z: Array) -> Array:
-        """`M z`."""
-        return z
-
     def _stage(self, t: Any, u: Array, base: Array, z: Array, hg: Scalar, solve: Callable | None,
                trust: Scalar) -> Newton:
         """Newton's iteration for one stage, from the guess `z`; `trust` is the estimate of the stage before."""
@@ -108,7 +126,7 @@ class Implicit(Stepper):
 
         def correct(state: Newton) -> tuple[Newton, Any, Any]:
             U = base + state.z
-            dz = (solve or self._factorized(self.jac.near(t, U), hg))(hg * self.rhs(t, U) - self._weighed(state.z))
+            dz = (solve or self.system(t, U, hg))(hg * self.rhs(t, U) - self._weighed(state.z))
             size = self._size(dz, u, U)
             rate = be.choose(state.count == 0, 0.0, size / be.choose(state.size > 0.0, state.size, 1.0))
             slow = be.greatest(1.0 - rate, 1e-3)
@@ -156,7 +174,7 @@ class Implicit(Stepper):
 
     def _linear(self, t: Any, u: Array, h: Scalar) -> Callable:
         """The equation of one stage at its converged value."""
-        return self._factorized(self.jac.exact(t, u), h * self.tab.gamma)
+        return self.system(t, u, h * self.tab.gamma, exact=True)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
             state: Adjoint) -> Adjoint:

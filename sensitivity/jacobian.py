@@ -17,12 +17,14 @@ from .sparsity import by_columns, by_rows
 class Jacobian(NamedTuple):
     """Two functions `(t, u) -> (n, n)`: one to steer Newton's iteration, one for linear equations; either may be None.
 
-    `sparsity` is the pattern, where it is known.
+    `sparsity` is the pattern, where it is known. `system(t, u, c) -> solve(b, transposed=False)` solves with
+    `M - c f_u`, where the structure of the equation offers something better than a factorisation of the whole.
     """
 
     near: Any
     exact: Any
     sparsity: Any = None
+    system: Any = None
 
 
 def given(run: Any, x: Any) -> Jacobian | None:
@@ -72,6 +74,11 @@ def of_function(be: Any, rhs: Callable[[Any, Array], Array]) -> Jacobian:
     """The Jacobian of any right-hand side: by AD where AD traces, else by differences."""
     jac = be.jacobian(rhs) if be.traced else differences(be, rhs)
     return Jacobian(jac, jac)
+
+
+def usable(be: Any, rhs: Callable[[Any, Array], Array], jac: Jacobian | None) -> Jacobian:
+    """What is known of a Jacobian, or what can be made from the right-hand side."""
+    return of_function(be, rhs) if jac is None or (jac.near is None and jac.system is None) else jac
 
 
 def between(rhs: Callable[[Any, Array], Array], t: Any, u: Array, step: Array) -> Array:

@@ -25,10 +25,10 @@ from typing import Any
 
 from .backend import Array, Contribution, Record, Scalar
 from .explicit import ones
-from .implicit import relative
+from .implicit import Solving, relative
 from .interpolate import interpolant, slope, transpose
-from .jacobian import Jacobian, of_function
-from .stepper import Adjoint, Stepper, Tangent
+from .jacobian import Jacobian, usable
+from .stepper import Adjoint, Tangent
 from .tableaus import Tableau
 
 
@@ -114,14 +114,12 @@ def _rodas5p() -> Linear:
 RODAS5P = _rodas5p()
 
 
-class Rosenbrock(Stepper):
+class Rosenbrock(Solving):
     """A Rosenbrock method bound to a vector field."""
-
-    implicit = True
 
     def __init__(self, be: Any, tab: Linear, rhs: Any, jac: Jacobian | None) -> None:
         self.be, self.tab, self.rhs = be, tab, rhs
-        self.jac = of_function(be, rhs) if jac is None or jac.near is None else jac
+        self.jac = usable(be, rhs, jac)
         self.order, self.stages = tab.order, tab.stages
         self._value, self._slope = interpolant(be, tab), slope(be, tab)
 
@@ -133,7 +131,7 @@ class Rosenbrock(Stepper):
 
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
         be, tab, time = self.be, self.tab, self.be.time(t)
-        solve = self._factorized(self.jac.near(time, u), h * tab.gamma)
+        solve = self.system(time, u, h * tab.gamma)
         (in_time,) = be.directional(lambda e: (self.rhs(time + e, u),), 1.0)
 
         def row(slopes: Array, x: tuple, v: Array) -> tuple[Array, Array]:
@@ -150,17 +148,6 @@ class Rosenbrock(Stepper):
         """What rows of the recursion need: their number, `d_i`, and the weights of the slopes."""
         be, tab = self.be, self.tab
         return tuple(range(tab.stages)), tab.d, be.xp.stack([be.vector(row, like) for row in tab.full])
-
-    def _factorized(self, J: Array, hg: Scalar) -> Callable:
-        return self.be.factorize(self.be.shifted(J, hg))
-
-    def _weighed(self, z: Array) -> Array:
-        """`M z`, for one vector or a row for each."""
-        return z
-
-    def _weighed_back(self, z: Array) -> Array:
-        """`M^T z`."""
-        return z
 
     def carry(self, K: Array) -> Array | None:
         return None
@@ -183,7 +170,7 @@ class Rosenbrock(Stepper):
 
     def _solver(self, t: Any, u: Array, h: Scalar, K: Array) -> Callable:
         """The factorisation of the step, from the step itself where it was kept."""
-        return self.be.kept(K) or self._factorized(self.jac.exact(t, u), h * self.tab.gamma)
+        return self.be.kept(K) or self.system(t, u, h * self.tab.gamma, exact=True)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
             state: Adjoint) -> Adjoint:
