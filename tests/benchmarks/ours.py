@@ -29,15 +29,16 @@ def method(problem: Problem):
     options = {"rtol": problem.tol, "atol": problem.small * problem.tol, "saveat": problem.saveat,
                "dtmax": problem.dtmax}  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
-    return sa.Kvaerno5() if problem.stiff else sa.Tsit5(), given
+    return getattr(sa, problem.method or ("Kvaerno5" if problem.stiff else "Tsit5"))(), given
 
 
 def solution(name: str, problem: Problem) -> Callable:
-    """The differentiable map from `(p, u0)` to the saved states."""
+    """The differentiable map from `(p, u0)` to the saved states; `+pattern` declares that of the Jacobian."""
     alg, options = method(problem)
+    name, _, pattern = name.partition("+")
 
     def solve(p, u0):
-        prob = sa.ODEProblem(problem.f, u0, problem.tspan, p)
+        prob = sa.ODEProblem(problem.f, u0, problem.tspan, p, jac_sparsity=problem.pattern if pattern else None)
         if problem.past is not None:
             history, lags = problem.past
             prob = sa.DDEProblem(problem.f, u0, history, problem.tspan, p, lags=lags)

@@ -10,7 +10,7 @@ from problems import Problem, jax_gradient, parameters, torch_gradient
 
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
     library, variant = name.split(".")
-    sides = {"bare": bare, "diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode,
+    sides = {"bare": bare, "casadi": casadi, "diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode,
              "scipy": scipy, "differences": differences}  # fmt: skip
     return sides[library](variant, problem)
 
@@ -173,3 +173,31 @@ def scipy(variant: str, problem: Problem):
         return solve_ivp(backward, (t1, t0), end, **options).y[len(u0) :, -1]
 
     return {"RK45": lambda: forward(p), "differences": differences, "adjoint": adjoint}[variant]
+
+
+def casadi(variant: str, problem: Problem):
+    """CVODES through CasADi, its adjoint at the tolerances of the solve, from the same `f` in symbols."""
+    import casadi as ca
+
+    n, m = problem.u0.size, problem.p.size
+    x, p, t = ca.SX.sym("x", n), ca.SX.sym("p", m), ca.SX.sym("t")
+    slopes = problem.f(t, entries(x), entries(p))
+    grid = [problem.tspan[1]] if problem.saveat is None else list(problem.saveat)
+    tol = problem.peer_tol or problem.tol
+    options = {"reltol": tol, "abstol": problem.small * tol, "max_num_steps": 100_000}
+    options |= {"linear_solver": "ldl"} if variant == "cvodes-ldl" else {}
+    ode = {"x": x, "p": p, "t": t, "ode": ca.vertcat(*slopes)}
+    solve = ca.integrator("solve", "cvodes", ode, problem.tspan[0], grid, options)
+    q = ca.MX.sym("q", m)
+    states = entries(ca.SX.sym("u", n * len(grid))).reshape(len(grid), n)
+    loss = ca.Function("loss", [ca.vertcat(*states.ravel())], [problem.loss(states)])
+    value = loss(ca.vec(solve(x0=problem.u0, p=q)["xf"]))
+    gradient = ca.Function("gradient", [q], [ca.gradient(value, q)])
+    return lambda: np.asarray(gradient(problem.p)).ravel()
+
+
+def entries(x) -> np.ndarray:
+    """The entries of a symbolic vector as an array of objects."""
+    out = np.empty(x.shape[0], dtype=object)
+    out[:] = [x[i] for i in range(x.shape[0])]
+    return out

@@ -7,6 +7,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
+
+from sensitivity.testing import models
 
 
 class Ops(NamedTuple):
@@ -14,13 +17,20 @@ class Ops(NamedTuple):
 
     array: Callable
     stack: Callable
+    concat: Callable
+    spread: Callable  # product of a sparse matrix and a vector
     linear: Callable
     tanh: Callable
     relu: Callable
 
 
+def product(matrix, vector):
+    return matrix @ vector
+
+
 def numpy_ops() -> Ops:
-    return Ops(np.asarray, np.array, lambda u, w, b: u @ w + b, np.tanh, lambda x: np.maximum(x, 0))
+    return Ops(np.asarray, np.array, np.concatenate, product, lambda u, w, b: u @ w + b, np.tanh,
+               lambda x: np.maximum(x, 0))  # fmt: skip
 
 
 def jax_ops() -> Ops:
@@ -29,7 +39,7 @@ def jax_ops() -> Ops:
 
     jax.config.update("jax_enable_x64", True)
     jax.block_until_ready(jax.jit(jnp.sin)(1.0))  # start the runtime before any clock
-    return Ops(jnp.asarray, jnp.stack, lambda u, w, b: u @ w + b, jnp.tanh, jax.nn.relu)
+    return Ops(jnp.asarray, jnp.stack, jnp.concatenate, product, lambda u, w, b: u @ w + b, jnp.tanh, jax.nn.relu)
 
 
 def torch_ops() -> Ops:
@@ -37,11 +47,29 @@ def torch_ops() -> Ops:
 
     torch.set_num_threads(1)
     return Ops(
-        torch.as_tensor, torch.stack, lambda u, w, b: torch.nn.functional.linear(u, w.T, b), torch.tanh, torch.relu
+        torch.as_tensor, torch.stack, torch.cat, product, lambda u, w, b: torch.nn.functional.linear(u, w.T, b),
+        torch.tanh, torch.relu,
     )
 
 
-OPS = {"numpy": numpy_ops, "jax": jax_ops, "torch": torch_ops}
+def casadi_ops() -> Ops:
+    """Expressions in arrays of objects; only what the stiff problems need."""
+
+    def stack(parts):
+        out = np.empty(len(parts), dtype=object)
+        out[:] = parts
+        return out
+
+    def spread(matrix, u):
+        out = [0.0] * matrix.shape[0]
+        for i, j, weight in zip(*sp.find(matrix), strict=True):
+            out[i] = out[i] + weight * u[j]
+        return stack(out)
+
+    return Ops(np.asarray, stack, np.concatenate, spread, lambda u, w, b: u @ w + b, np.tanh, np.abs)
+
+
+OPS = {"numpy": numpy_ops, "jax": jax_ops, "torch": torch_ops, "casadi": casadi_ops}
 
 
 class Problem(NamedTuple):
@@ -63,7 +91,10 @@ class Problem(NamedTuple):
     stiff: bool = False
     jac: Callable | None = None
     small: float = 1.0  # atol in units of rtol
+    peer_tol: float | None = None  # where a peer needs another tolerance for an error of about the same size
     tight: float = 1e-11  # tolerance of the reference; it changes nothing where the step is fixed
+    pattern: Any = None  # of the Jacobian, as a SciPy sparse matrix
+    method: str | None = None  # ours, where it is not Kvaerno5 for a stiff problem or Tsit5
     past: tuple[Callable, Callable] | None = None  # history and lags; f is then f(t, u, h, p)
     g: Callable | None = None  # diagonal noise (Ito), by Euler and Maruyama with step dt
 
@@ -139,6 +170,104 @@ def robertson(ops: Ops) -> Problem:
                    tight=1e-9)  # fmt: skip
 
 
+def pollu(ops: Ops) -> Problem:
+    """Air pollution: 20 species, 25 rates, compared with one at 121 times (Verwer 1994); p multiplies the rates."""
+    published = np.array([rate for rate, _, _ in models.POLLU])
+    stoichiometry, first, second = np.zeros((20, 25)), np.zeros((25, 20)), np.zeros((25, 20))
+    plain = np.zeros(25)  # one for reactions of a single species
+    for k, (_, before, after) in enumerate(models.POLLU):
+        for i in before:
+            stoichiometry[i - 1, k] -= 1.0
+        for i in after:
+            stoichiometry[i - 1, k] += 1.0
+        first[k, before[0] - 1] = 1.0
+        plain[k] = len(before) == 1
+        if len(before) == 2:
+            second[k, before[1] - 1] = 1.0
+
+    def f(t, u, p):
+        return stoichiometry @ (p * published * (first @ u) * (second @ u + plain))
+
+    def jac(t, u, p):
+        x, y, rates = first @ u, second @ u + plain, p * published
+        return stoichiometry @ ((rates * y)[:, None] * first + (rates * x)[:, None] * second)
+
+    def vjp(t, u, p, lam):
+        x, y, rates = first @ u, second @ u + plain, (lam @ stoichiometry) * published
+        scaled = rates * p
+        return (scaled * y) @ first + (scaled * x) @ second, rates * x * y
+
+    u0 = np.array([models.POLLU_START.get(i + 1, 0.0) for i in range(20)])
+    return Problem(f, ops.array(u0), (0.0, 60.0), ops.array(np.ones(25)), from_one, np.linspace(0.0, 60.0, 121),
+                   tol=1e-5, vjp=vjp, jac=jac, dloss=lambda u: u - 1.0, stiff=True,
+                   small=1e-3, tight=1e-10, method="Rodas5P", peer_tol=1e-7)  # fmt: skip
+
+
+def from_one(u):
+    return 0.5 * ((1.0 - u) ** 2).sum()
+
+
+def brusselator(ops: Ops, n: int) -> Problem:
+    """Two species on an n x n periodic grid, with rates and diffusion of their own in every cell: 2 n^2 states, 4 n^2
+    parameters, and products written by hand."""
+    cells, scale, x = n * n, float(n - 1) ** 2, np.linspace(0.0, 1.0, n)
+    ring = scale * (sp.eye_array(n, k=1) + sp.eye_array(n, k=-1) + sp.eye_array(n, k=n - 1) + sp.eye_array(n, k=1 - n)
+                    - 2.0 * sp.eye_array(n))  # fmt: skip
+    spread = sp.csr_array(sp.kron(ring, sp.eye_array(n)) + sp.kron(sp.eye_array(n), ring))
+    row, column, weight = sp.find(spread)
+    cell = np.arange(cells)
+    below, size = cell + cells, 2 * cells
+    rows = np.concatenate([row, cell, cell, row + cells, below, below])
+    columns = np.concatenate([column, cell, below, column + cells, cell, below])
+    places, place = np.unique(columns * size + rows, return_inverse=True)
+    ends = np.searchsorted(places, np.arange(size + 1) * size)
+
+    def f(t, u, p):
+        v, w, (a, b, dv, dw) = u[:cells], u[cells:], p.reshape(4, cells)
+        reaction, av = v * v * w, a * v
+        return np.concatenate([dv * ops.spread(spread, v) + b + reaction - av - v,
+                               dw * ops.spread(spread, w) + av - reaction])  # fmt: skip
+
+    def jac(t, u, p):
+        v, w, (a, _, dv, dw) = u[:cells], u[cells:], p.reshape(4, cells)
+        cross, square = 2.0 * v * w, v * v
+        values = np.concatenate([dv[row] * weight, cross - a - 1.0, square, dw[row] * weight, a - cross, -square])
+        return sp.csc_array((np.bincount(place, values), places % size, ends), shape=(size, size))
+
+    def vjp(t, u, p, lam):
+        v, w, (a, _, dv, dw), lv, lw = u[:cells], u[cells:], p.reshape(4, cells), lam[:cells], lam[cells:]
+        moved = lv - lw
+        u_bar = np.concatenate([spread @ (dv * lv) + moved * (2.0 * v * w - a) - lv,
+                                spread @ (dw * lw) + moved * v * v])  # fmt: skip
+        return u_bar, np.concatenate([-moved * v, lv, lv * (spread @ v), lw * (spread @ w)])
+
+    profile = (x * (1.0 - x)) ** 1.5
+    u0 = np.concatenate([np.tile(22.0 * profile, n), np.repeat(27.0 * profile, n)])
+    p = np.repeat([3.4, 1.0, 10.0, 10.0], cells)
+    return Problem(f, u0, (0.0, 1.0), p, from_one, tol=1e-6, vjp=vjp, jac=jac, dloss=lambda u: u - 1.0, stiff=True,
+                   tight=1e-9, method="Rodas5P", peer_tol=1e-8)  # fmt: skip
+
+
+def brusselator_line(ops: Ops) -> Problem:
+    """Two species in 128 cells of a line, next to each other in the state, so that the Jacobian has five diagonals."""
+    cells = 128
+    scale = (cells + 1.0) ** 2
+    ends = ops.array(np.array([[1.0, 3.0]]))
+    band = sum(sp.eye_array(2 * cells, k=k) for k in range(-2, 3))
+
+    def f(t, u, p):
+        u = u.reshape(cells, 2)
+        v, w = u[:, 0], u[:, 1]
+        reaction = v * v * w
+        spread = scale * (ops.concat([u[1:], ends]) + ops.concat([ends, u[:-1]]) - 2.0 * u)
+        return (ops.stack([p[0] + reaction - (p[1] + 1.0) * v, p[1] * v - reaction]).T + p[2] * spread).reshape(-1)
+
+    x = np.arange(1, cells + 1) / (cells + 1.0)
+    u0 = np.stack([1.0 + np.sin(2.0 * np.pi * x), np.full(cells, 3.0)], axis=1).ravel()
+    return Problem(f, ops.array(u0), (0.0, 10.0), ops.array(np.array([1.0, 3.0, 0.02])), from_one, tol=1e-6, stiff=True,
+                   tight=1e-8, pattern=band)  # fmt: skip
+
+
 def layers(ops: Ops, sizes: tuple[int, ...], gain: float) -> list:
     """Weights and biases of a multilayer perceptron, one after the other, uniform in +-gain/sqrt(fan in)."""
     rng = np.random.default_rng(0)
@@ -207,6 +336,11 @@ PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
     "noise-96": geometric_motion,
     "lotka-volterra": lotka_volterra,
     "robertson": robertson,
+    "pollu": pollu,
+    "brusselator-8": lambda ops: brusselator(ops, 8),
+    "brusselator-16": lambda ops: brusselator(ops, 16),
+    "brusselator-32": lambda ops: brusselator(ops, 32),
+    "brusselator-line": brusselator_line,
     "ensemble-1000": lambda ops: lotka_volterra(ops, members=1000),
     "neural-ode-1": lambda ops: neural_ode(ops, 1, gain=1.0),
     "neural-ode-256": lambda ops: neural_ode(ops, 256, gain=1.0),
@@ -231,8 +365,10 @@ class Row(NamedTuple):
     target: float | None = None
 
 
-# The peers that give, at a tight tolerance, the result from which errors are counted.
+# Who gives, at a tight tolerance, the result from which errors are counted: by problem, or by framework and quantity.
 REFERENCE = {
+    "pollu": "RecursiveCheckpointAdjoint+vjp",
+    **dict.fromkeys(("brusselator-8", "brusselator-16", "brusselator-32"), "RecursiveCheckpointAdjoint+vjp"),
     ("jax", "gradient"): "diffrax.RecursiveCheckpointAdjoint",
     ("torch", "gradient"): "torchdiffeq.odeint",
     ("numpy", "gradient"): "scipy.adjoint",
@@ -254,6 +390,8 @@ ROWS: dict[str, list[Row]] = {
         Row("lotka-volterra", "compile", "RecursiveCheckpointAdjoint", _recursive, 2.5),
         Row("robertson", "gradient", "RecursiveCheckpointAdjoint", _recursive, 4),
         Row("robertson", "compile", "RecursiveCheckpointAdjoint", _recursive, 3),
+        Row("brusselator-line", "gradient", "RecursiveCheckpointAdjoint", _recursive, 30),
+        Row("brusselator-line", "gradient", "RecursiveCheckpointAdjoint+pattern", _recursive, 300),
         Row("delayed-network", "gradient", "RecursiveCheckpointAdjoint", "differences.central", 20),
         Row("steep-neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2.5),
         Row("steep-neural-ode-1", "gradient", "InterpolatingAdjoint", _backsolve),
@@ -311,6 +449,12 @@ ROWS: dict[str, list[Row]] = {
         Row("lotka-volterra", "gradient", "ForwardSensitivity", "scipy.differences"),
         Row("robertson", "gradient", "RecursiveCheckpointAdjoint", "scipy.differences"),
         Row("robertson", "gradient", "RecursiveCheckpointAdjoint+vjp", "scipy.differences", 1),
+        Row("robertson", "gradient", "RecursiveCheckpointAdjoint+vjp", "casadi.cvodes"),
+        Row("pollu", "gradient", "RecursiveCheckpointAdjoint+vjp", "scipy.differences", 7),
+        Row("pollu", "gradient", "RecursiveCheckpointAdjoint+vjp", "casadi.cvodes"),
+        *(Row(f"brusselator-{n}", "gradient", "RecursiveCheckpointAdjoint+vjp", f"casadi.{solver}", target)
+          for n, targets in ((8, (1, None)), (16, (4, None)), (32, (None, 2.5)))
+          for solver, target in zip(("cvodes", "cvodes-ldl"), targets, strict=True)),
         Row("thousand-steps", "forward", "Tsit5", "scipy.RK45"),
     ],
     "import": [
