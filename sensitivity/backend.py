@@ -356,14 +356,19 @@ class Backend(Lookback, Loops):
     def copy(self, x: Array) -> Array:
         return self.xp.asarray(x, copy=True)
 
-    def to_bytes(self, x: Array) -> bytes:
-        """The numbers of a vector, for a file."""
+    def rows_in(self, memory: Any, rows: int, like: Array) -> Array:
+        """So many vectors like `like` as the rows of a matrix that shares the start of a writable buffer."""
         raise UnsupportedCombination(f"spill=True is not available on the {self.name} backend",
-                                     "it does not turn arrays into bytes", "memory= or checkpoints=")
+                                     "its arrays do not lie in a file", "memory= or checkpoints=")
 
-    def from_bytes(self, raw: bytes, like: Array) -> Array:
-        """The vector that `to_bytes` had, with dtype and device of `like`."""
-        raise NotImplementedError
+    def write(self, row: Array, x: Array) -> None:
+        """Put the vector `x` into a row of `rows_in`."""
+        row[...] = x
+
+    def read(self, row: Array, like: Array) -> Array:
+        """A row of `rows_in` as a vector of its own on the device of `like`."""
+        del like
+        return self.copy(row)
 
     def connected(self, f: Callable, t: Any, u: Array, p: Tree) -> bool | None:
         """Whether the framework's AD sees that `f` depends on `u`; None if it cannot tell."""

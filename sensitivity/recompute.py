@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .checkpoint import Plan, reverse
 from .records import Array, Contribution, Record, Scalar
+from .spill import Spilled
 
 Stepper = Any
 
@@ -61,32 +60,6 @@ class Checkpoints:
     def result(self) -> tuple[Checkpoints, Any]:
         sampler, self.sampler = self.sampler, None
         return self, None if sampler is None else sampler.result()
-
-
-class Spilled:
-    """States in a file without a name, which is gone with this object; `steps` says which."""
-
-    def __init__(self, be: Any, folder: str) -> None:
-        self.be, self.steps = be, dict[int, int]()
-        self.file = tempfile.TemporaryFile(dir=folder or None)
-        weakref.finalize(self, self.file.close)
-        self.like: tuple[Array, Array | None] | None = None
-
-    def __setitem__(self, slot: int, state: tuple[int, Array, Array | None]) -> None:
-        n, *vectors = state
-        raw = b"".join(self.be.to_bytes(v) for v in vectors if v is not None)
-        self.like = state[1:]
-        self.steps[slot] = n
-        self.file.seek(slot * len(raw))
-        self.file.write(raw)
-
-    def __getitem__(self, slot: int) -> tuple[int, Array, Array | None]:
-        assert self.like is not None
-        u, k = self.like
-        size = len(self.be.to_bytes(u))
-        self.file.seek(slot * size * (1 if k is None else 2))
-        u = self.be.from_bytes(self.file.read(size), u)
-        return self.steps[slot], u, None if k is None else self.be.from_bytes(self.file.read(size), k)
 
 
 class Nodes:

@@ -1,8 +1,12 @@
 """Checkpoint schedules against theory, and gradients within a budget against those that keep everything."""
 
+import importlib.util
+import subprocess
+import sys
 import tracemalloc
 from functools import cache
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +248,47 @@ def test_spilling_needs_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.2e6  # eight steps with their stages are 1.0e6
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import numpy as np
+import sensitivity as sa
+
+torch = __import__("torch") if sys.argv[1] == "torch" else None
+array, roll = (np.asarray, np.roll) if torch is None else (torch.as_tensor, torch.roll)
+
+def gradient(t1, spill):
+    prob = sa.ODEProblem(lambda t, u, p: p[0] * roll(u, 1) - u, array(np.linspace(-1.0, 1.0, 20_000)), (0.0, t1),
+                         array([0.9]), vjp=None if torch else lambda t, u, p, ct: (
+                             p[0] * np.roll(ct, -1) - ct, np.array([ct @ np.roll(u, 1)])))
+    return sa.gradient(prob, sa.Euler(), lambda sol: sol.u.sum(), dloss=lambda sol: np.ones_like(sol.u), dt=0.01,
+                       controller=sa.FixedStep(), sensealg=sa.RecursiveCheckpointAdjoint(spill=spill))
+
+def peak():
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+gradient(0.1, True)
+before = peak()
+spilled = gradient(5.0, True)
+between = peak()
+whole = gradient(5.0, False)
+assert (spilled.u0 == whole.u0).all() and (spilled.p == whole.p).all()
+print(between - before, peak() - between)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is read from /proc")
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_resident_memory_of_spilling(name):
+    """500 states of 20,000 numbers are 76 MiB; resident at once are two blocks of the file, 4 MiB each."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"the {name} backend is not there")
+    out = subprocess.run([sys.executable, "-c", RESIDENT, name], capture_output=True, text=True, check=True)
+    spilled, whole = map(float, out.stdout.split())
+    assert spilled < 24 < 76 < whole
 
 
 @pytest.mark.parametrize(("options", "named"), [

@@ -111,11 +111,12 @@ class TorchBackend(Backend):
     def nan_where(self, bad, x):
         return x * torch.where(bad, math.nan, 1.0) if isinstance(bad, torch.Tensor) else super().nan_where(bad, x)
 
-    def to_bytes(self, x):
-        return x.detach().cpu().numpy().tobytes()
+    def rows_in(self, memory, rows, like):
+        n = like.shape[0]
+        return torch.frombuffer(memory, dtype=like.dtype)[: rows * n].view(rows, n)
 
-    def from_bytes(self, raw, like):
-        return torch.frombuffer(bytearray(raw), dtype=like.dtype).to(like.device)
+    def read(self, row, like):
+        return row.to(like.device, copy=True)
 
     # -- small matrices -------------------------------------------------------------------------------------------
 

@@ -42,8 +42,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else as
         many states as fit. Not counted are 16 bytes for each step, the output and the gradient itself.
     spill : bool or path
-        Write the states to a file, in this folder or in the system's own, which is deleted when nothing needs it any
-        more; every step is then taken again once. For NumPy and PyTorch.
+        Put the states into a memory-mapped file, in this folder or in the system's own, which is deleted when nothing
+        needs it any more; every step is then taken again once. For NumPy and PyTorch.
     vjp : VJP, optional
 
     Gives derivatives with respect to `u0`, `p`, `t0`, `t1` and `saveat`, in reverse and forward mode. Memory without
