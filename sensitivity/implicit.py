@@ -191,7 +191,7 @@ class Implicit(Solving):
         del attempts
         return (1 if self.fsal else 0) + (0 if known else 1 if self.fsal else 2)
 
-    def products(self, steps: Any, silent: int) -> Any:
+    def products(self, steps: Any, silent: int, size: int) -> Any:
         return (self.stages - self.fsal) * steps + int(self.fsal)
 
     def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:

@@ -13,7 +13,8 @@ one factorisation for all stages. The transpose solves with it as well, and diff
     (lam, pbar) += h d/de (f_u, f_p)(t + e d_i, u + e k_i)^T w_i at e = 0,   lam <- lam + sum_i Y_i.
 
 The last line is a product with second derivatives: forward mode over reverse mode on JAX, central differences of the
-products elsewhere (ten digits).
+products elsewhere (ten digits). It is linear in `sum_i (d_i, k_i) w_i^T`, so with fewer entries of u than stages it is
+taken along the columns of this matrix, one for each entry of u.
 """
 
 from __future__ import annotations
@@ -179,29 +180,28 @@ class Rosenbrock(Solving):
         start, order = be.time(t), tuple(range(tab.stages - 1, -1, -1))
         solve = self._solver(start, u, h, K)
         base = be.seeds(tab.b, h, state.lam, None if out is None else out.k, None)
-        number, d, weights = self._indexed(u)
+        number, _, weights = self._indexed(u)
 
         def row(carry: tuple, x: tuple, v: Array) -> tuple[tuple, Array]:
-            lam, theta, moved, stretched, handed = carry
-            time_i, c_i, u_i, move_i, i, d_i, k_i, column, row_i = x
+            theta, moved, stretched, handed = carry
+            time_i, c_i, u_i, move_i, i, k_i, column, row_i = x
             w = tab.gamma * solve(v + self._weighed_back(column @ handed), transposed=True)
             y, theta_bar, t_bar = pull(time_i, u_i, w)
-            lam_e, theta_e, t_e = self._along(lambda e: pull(start + e * d_i, u + e * k_i, w), u, k_i)
-            lam, theta = lam + h * lam_e, be.add(be.add(theta, theta_bar), tuple(h * v for v in theta_e))
+            theta = be.add(theta, theta_bar)
             if time:
-                moved = moved + t_bar + h * t_e
+                moved = moved + t_bar
                 bend = self._weighed(k_i / tab.gamma - row_i @ K) - self.rhs(time_i, u_i)
                 stretched = stretched + c_i * t_bar + be.dot(y, move_i) + be.dot(w, bend) / h
-            return (lam, theta, moved, stretched, be.put(handed, i, w)), y
+            return (theta, moved, stretched, be.put(handed, i, w)), y
 
         zero = be.unit_rows(tab.stages, u.shape[0], tab.stages, u)
         inputs, moves = be.inputs(tab.a, u, h, K), be.inputs(tab.a, 0.0 * u, 1.0, K)
         rows = (K, weights.T, weights)
-        xs = (*(be.permuted(x, order) for x in (be.times(t, h, tab.c), tab.c, inputs, moves, number, d)),
+        xs = (*(be.permuted(x, order) for x in (be.times(t, h, tab.c), tab.c, inputs, moves, number)),
               *(be.permuted_rows(x, order) for x in rows))
-        (lam, theta, moved, stretched, _), Y = be.recursion(
-            tab.backward, be.permuted_rows(base, order), h, xs, row,
-            (state.lam, state.theta, state.t0, 0.0, zero))
+        (theta, moved, stretched, handed), Y = be.recursion(
+            tab.backward, be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0, zero))
+        lam, theta, moved = self._second(pull, start, h, u, K, handed, (state.lam, theta, moved))
         h_bar = state.h
         if time:
             change = be.dot(state.lam, be.combine(None, 1.0, tab.b, K)) + stretched
@@ -213,14 +213,27 @@ class Rosenbrock(Solving):
             lam = lam + out.u
         return Adjoint(lam, None, theta, moved, h_bar)
 
-    def _along(self, pulled: Callable[[Scalar], tuple], u: Array, k: Array) -> tuple[Array, tuple, Any]:
-        """Derivative of a pullback along a line in the direction of `k`."""
-        def flat(e: Scalar) -> tuple:
-            u_bar, theta_bar, t_bar = pulled(e)
-            return u_bar, *theta_bar, t_bar
+    def _second(self, pull: Any, start: Any, h: Scalar, u: Array, K: Array, W: Array, state: tuple) -> tuple:
+        """`state`, the cotangents of u, of the parameters and of t, with `h sum_i d/de (f_u, f_p, f_t)^T w_i` added."""
+        be, n = self.be, u.shape[0]
+        d = be.vector(self.tab.d, u)
+        if n < self.stages:
+            d, K, W = W.T @ d, W.T @ K, be.unit_rows(n, n, 0, u)
+        speed = relative(be, be.xp.reshape(K, (-1,)), u)
 
-        u_bar, *theta_bar, t_bar = self.be.directional(flat, relative(self.be, k, u))
-        return u_bar, tuple(theta_bar), t_bar
+        def add(state: tuple, x: tuple) -> tuple[tuple, int]:
+            lam, theta, moved = state
+            d_i, k_i, w = x
+
+            def flat(e: Scalar) -> tuple:
+                u_bar, theta_bar, t_bar = pull(start + e * d_i, u + e * k_i, w)
+                return u_bar, *theta_bar, t_bar
+
+            u_bar, *theta_bar, t_bar = be.directional(flat, relative(be, k_i, u) + 1e-3 * speed)
+            theta = be.add(theta, tuple(h * v for v in theta_bar))
+            return (lam + h * u_bar, theta, moved + h * t_bar), 0
+
+        return be.scan(add, state, (d, K, W))[0]
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:
@@ -264,9 +277,10 @@ class Rosenbrock(Solving):
     def evaluations(self, attempts: Any, known: bool) -> Any:
         return self.stages * attempts + (0 if known else 2)
 
-    def products(self, steps: Any, silent: int) -> Any:
+    def products(self, steps: Any, silent: int, size: int) -> Any:
         """One at each stage, and those that the second derivative takes."""
-        return self.stages * steps * (2 if self.be.traced else 3)
+        twice = (1 if self.be.traced else 2) * min(size, self.stages)
+        return (self.stages + twice) * steps
 
     def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
         return attempts, attempts, self.stages * attempts

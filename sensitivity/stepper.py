@@ -173,9 +173,10 @@ class Stepper:
         had to be found."""
         raise NotImplementedError
 
-    def products(self, steps: Any, silent: int) -> Any:
-        """Products with the transposed derivatives of `f` in the reverse sweep over `steps` steps; `silent` tells
-        that no output needs the last stage of the newest."""
+    def products(self, steps: Any, silent: int, size: int) -> Any:
+        """Products with the transposed derivatives of `f`, for a state of this size, in the reverse sweep over `steps`
+        steps; `silent` tells that no output needs the last stage of the newest."""
+        del size
         return (self.stages - self.fsal) * steps + (self.fsal and 1 - silent)
 
     def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:

@@ -159,10 +159,26 @@ def test_rosenbrock_work_is_counted():
     prob = sa.ODEProblem(f, U0, (T0, T1), P, vjp=vjp, jac=jacobian)
     r = sa.gradient(prob, sa.Rodas5P(), lambda sol: sol.u.sum(), dloss=lambda sol: np.ones_like(sol.u), probe="off",
                     **FIXED)
-    assert r.stats.nvjp == calls["vjp"]
+    # Two entries of u: two directions for the second derivatives of a step, by central differences.
+    assert r.stats.nvjp == calls["vjp"] == 4 * (8 + 2 * 2)
     # f_t takes two more evaluations a step.
     assert r.stats.nfe + 2 * r.stats.naccept == calls["f"]
     assert (r.stats.njac, r.stats.nlu, r.stats.nsolve) == (4, 4, 32)
+
+
+def test_rosenbrock_adjoint_of_many_entries(lab):
+    """From eight entries of u on, second derivatives go along the stages: five copies of a system in one."""
+    prob = sa.ODEProblem(field(lab.xp), lab.array(U0), (T0, T1), lab.array(P))
+
+    def many(t, u, p):
+        return lab.xp.concatenate([field(lab.xp)(t, u[2 * i:2 * i + 2], p) for i in range(5)])
+
+    r, five = (sa.gradient(q, sa.Rodas5P(), lambda sol: lab.xp.sum(sol.u[-1] ** 2), **FIXED)
+               for q in (prob, prob.remake(f=many, u0=lab.array(np.tile(U0, 5)))))
+    assert five.stats.nvjp == r.stats.naccept * (8 + 8 * (1 if lab.name == "jax" else 2))
+    tol = 1e-12 if lab.name == "jax" else 1e-8  # central differences
+    np.testing.assert_allclose(lab.numpy(five.p), 5 * lab.numpy(r.p), rtol=tol)
+    np.testing.assert_allclose(lab.numpy(five.u0), np.tile(lab.numpy(r.u0), 5), rtol=tol)
 
 
 @pytest.mark.parametrize("vjp", [sa.ForwardVJP(), sa.ComplexStepVJP(), sa.FiniteDifferenceVJP()], ids=lambda v: v.name)

@@ -57,6 +57,9 @@ class NumpyBackend(Backend):
     def dot(self, a, b):
         return float(np.dot(a, b))
 
+    def eps(self, dtype):
+        return float(np.finfo(dtype).eps)
+
     def rms(self, x):
         n = x.shape[0]
         if not n:
@@ -219,7 +222,12 @@ class NumpyBackend(Backend):
 
     def shifted(self, J, c, M=None):
         if isinstance(J, np.ndarray):
-            return super().shifted(J, c, M)
+            A = J * -c
+            if M is None:
+                A.flat[::J.shape[0] + 1] += 1.0
+            else:
+                A += M
+            return A
         from . import _sparse
 
         return _sparse.shifted(J, c, M)
@@ -244,11 +252,12 @@ class NumpyBackend(Backend):
             return _sparse.factorize(A)
         from scipy.linalg import lapack
 
-        lu, pivots, singular = lapack.dgetrf(A) if A.dtype == float else lapack.sgetrf(A)
+        # LAPACK's matrices lie column by column: it gets the transpose, which is no copy.
+        lu, pivots, singular = lapack.dgetrf(A.T) if A.dtype == float else lapack.sgetrf(A.T)
         getrs = lapack.dgetrs if A.dtype == float else lapack.sgetrs
 
         def solve(b, transposed=False):
-            return b * math.nan if singular else getrs(lu, pivots, b.T, trans=int(transposed))[0].T
+            return b * math.nan if singular else getrs(lu, pivots, b.T, trans=int(not transposed))[0].T
 
         solve.nbytes = lu.nbytes
         return solve

@@ -144,10 +144,10 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if run.events:
             solved = residuals._replace(log=log)
             end_state, t1_bar, nvjp, status = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
-            nvjp = nvjp + stepper.products(0, silent)
+            nvjp = nvjp + stepper.products(0, silent, x.u0.shape[0])
         else:
             end_state = be.replay(back, state, log, extra)
-            t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent), end.status
+            t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent, x.u0.shape[0]), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
         nfe = 0
         if self.budgeted:

@@ -70,7 +70,8 @@ def sweep(run: Run, x: Inputs, stepper: Stepper, solved: base.Solved, pull: Any,
     first, _ = be.rewind(back, state.adjoint, log, extra, state.position, lambda *_: True)
     none = watch.count == 0
     t1 = be.choose(none, first.h, state.t1)
-    products = state.products + stepper.products(solved.end.accepted, 1) - stepper.products(0, 1)
+    n = x.u0.shape[0]
+    products = state.products + stepper.products(solved.end.accepted, 1, n) - stepper.products(0, 1, n)
     return first._replace(h=be.choose(none, first.h, 0.0)), t1, products, state.status
 
 
