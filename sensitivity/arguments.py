@@ -23,7 +23,19 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
                          f"{name}={allowed[0]!r}")
 
 
-def state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:
+def laid_out(be: Any, u0: Any, dtype: Any, device: Any) -> tuple[Any, Layout, Any]:
+    """The backend bound to the state's device and dtype, the shapes of the state, and the state flat."""
+    leaves, structure = be.flatten(u0)
+    if not leaves:
+        raise InputError(f"u0={u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
+    kind = _state_dtype(be, leaves, dtype)
+    leaves = [_state(be, v, kind, device) for v in leaves]
+    layout = Layout(structure, tuple(tuple(v.shape) for v in leaves))
+    flat = layout.ravel(be, leaves)
+    return be.bound(flat), layout, flat
+
+
+def _state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:
     """The common floating dtype of the state; whole numbers become the backend's default float."""
     if dtype is not None:
         return dtype
@@ -33,7 +45,7 @@ def state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:
     return be.xp.complex128 if any(isinstance(x, complex) for x in leaves) else be.default_float()
 
 
-def state(be: Any, x: Any, dtype: Any, device: Any) -> Any:
+def _state(be: Any, x: Any, dtype: Any, device: Any) -> Any:
     try:
         return be.asarray(x, dtype=dtype, device=device)
     except (TypeError, ValueError) as e:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError, SensitivityError, SolveError, UnsupportedCombination
-from .problems import ODEProblem
+from .problems import ODEProblem, Problem
 from .registry import registry
 from .retcode import RetCode
 from .solution import Gradient, Solution, Stats
@@ -22,7 +22,7 @@ METADATA = ("prob", "alg", "sensealg", "events", "dense")
 
 
 @dataclass(frozen=True, eq=False)
-class EnsembleProblem:
+class EnsembleProblem(Problem):
     """Members of one problem that differ in initial state, parameters or times.
 
     Parameters
@@ -70,29 +70,10 @@ class EnsembleProblem:
     def __len__(self) -> int:
         return self._count  # type: ignore[attr-defined]
 
-    def remake(self, **changes: Any) -> EnsembleProblem:
-        """A copy with some fields changed.
-
-        Raises
-        ------
-        InputError
-            A name is not a field.
-        """
-        for name in changes:
-            if name not in ("prob", *PARTS):
-                raise InputError(f"remake got {name!r}, which is no field of EnsembleProblem", "only fields can change",
-                                 "the fields are prob, u0, p, tspan")
-        return dataclasses.replace(self, **changes)
-
     def member(self, i: int) -> Any:
         """The problem of one member."""
         be = backend(self)
         return self.prob.remake(**_taken(be, self.varied(), lambda x: x[i, ...]))
-
-    def _repr_html_(self) -> str:
-        from .report import problem_html
-
-        return problem_html(self)
 
     @property
     def given(self) -> tuple[str, ...]:

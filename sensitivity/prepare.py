@@ -10,12 +10,11 @@ from .arguments import (
     choice,
     controlled,
     count,
+    laid_out,
     limits,
     positive,
     progressed,
     saves,
-    state,
-    state_dtype,
     stops,
     time,
     tolerances,
@@ -33,7 +32,7 @@ from .registry import registry
 from .sparsity import pattern_of
 from .stochastic import SDEProblem
 from .stochasticprepare import Noisy
-from .system import Field, Inputs, Layout, Partition
+from .system import Field, Inputs, Partition
 
 KINDS: dict[Any, type[Ordinary]] = {ODEProblem: Ordinary, DDEProblem: Retarded, SDEProblem: Noisy}
 PROBLEMS = tuple(KINDS)
@@ -57,13 +56,13 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     choice("probe", probe, ("raise", "warn", "off"))
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob, saveat))
     _check_method(be, method, controller=controller, events=events, norm=norm, tstops=tstops, dtmin=dtmin)
-    be, u_layout, u0 = _laid_out(be, prob.u0, dtype, device)
+    be, u_layout, u0 = laid_out(be, prob.u0, dtype, device)
     mass = _mass(prob, method, be, u0, events)
     nonsingular = mass if mass is not None and not mass.singular else None
     partition, theta, constants = Partition.of(be, prob.p)
     t0, t1 = (time(be, v, name, u0) for v, name in zip(prob.tspan, ("tspan[0]", "tspan[1]"), strict=True))
     span = c0, c1 = be.concrete(prob.tspan[0]), be.concrete(prob.tspan[1])
-    u, p = be.unflatten(u_layout.structure, u_layout.unravel(be, u0)), partition.join(be, theta, constants)
+    u, p = u_layout.opener(be)(u0), partition.join(be, theta, constants)
     start = Start(be, u_layout, t0, be.time(be.scalar(t0)), u0, u, p, span)
 
     f, captured = kind.function(start, method, events, probe, wrt)
@@ -120,18 +119,6 @@ def _check_method(be: Any, method: Any, **options: Any) -> None:
     if options["events"] is not None and not method.one_step:
         raise UnsupportedCombination(f"{method.name} does not go with events", "it takes its steps by itself",
                                      "alg=sa.Tsit5() or another method of this library")
-
-
-def _laid_out(be: Any, u0: Any, dtype: Any, device: Any) -> tuple[Any, Layout, Any]:
-    """The backend bound to the state's device and dtype, the shapes of the state, and the state flat."""
-    leaves, structure = be.flatten(u0)
-    if not leaves:
-        raise InputError(f"u0={u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
-    kind = state_dtype(be, leaves, dtype)
-    leaves = [state(be, v, kind, device) for v in leaves]
-    layout = Layout(structure, tuple(tuple(v.shape) for v in leaves))
-    flat = layout.ravel(be, leaves)
-    return be.bound(flat), layout, flat
 
 
 def _mass(prob: Any, method: Any, be: Any, u0: Any, events: Any) -> Mass | None:

@@ -5,13 +5,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 from .errors import InputError, SignatureError
 
 
+class Problem:
+    """What all problems have in common."""
+
+    def remake(self, **changes: Any) -> Self:
+        """A copy with some fields changed: `prob.remake(p=p)`.
+
+        Raises
+        ------
+        InputError
+            A name is not a field of the problem.
+        """
+        known = [f.name for f in dataclasses.fields(cast(Any, self))]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}",
+                                 "only fields can change", f"the fields are {', '.join(known)}")
+        return dataclasses.replace(cast(Any, self), **changes)
+
+    def _repr_html_(self) -> str:
+        from .report import problem_html
+
+        return problem_html(self)
+
+
 @dataclass(frozen=True, eq=False)
-class ODEProblem:
+class ODEProblem(Problem):
     """Initial value problem `u' = f(t, u, p)`, `u(t0) = u0`.
 
     Parameters
@@ -66,26 +90,11 @@ class ODEProblem:
             raise SignatureError(f"f is {type(self.f).__name__}, which cannot be called",
                                  "the vector field is a function of time, state and parameters",
                                  "ODEProblem(f, u0, tspan, p) with def f(t, u, p): ...")
-        object.__setattr__(self, "tspan", _pair(self.tspan))
-
-    def remake(self, **changes: Any) -> ODEProblem:
-        """A copy with some fields changed: `prob.remake(p=p)`.
-
-        Raises
-        ------
-        InputError
-            A name is not a field of the problem.
-        """
-        return _remade(self, changes)
-
-    def _repr_html_(self) -> str:
-        from .report import problem_html
-
-        return problem_html(self)
+        object.__setattr__(self, "tspan", pair(self.tspan))
 
 
 @dataclass(frozen=True, eq=False)
-class DDEProblem:
+class DDEProblem(Problem):
     """Initial value problem with delays, `u'(t) = f(t, u(t), h, p)`, where `h(s)` is the state at an earlier time `s`.
 
     Parameters
@@ -136,37 +145,14 @@ class DDEProblem:
                 raise SignatureError(f"{name} is {type(value).__name__}, which cannot be called",
                                      "a delay equation has a vector field and a past",
                                      f"DDEProblem(f, u0, history, tspan, p, lags=[1.0]) with {signature}")
-        object.__setattr__(self, "tspan", _pair(self.tspan))
-
-    def remake(self, **changes: Any) -> DDEProblem:
-        """A copy with some fields changed: `prob.remake(p=p)`.
-
-        Raises
-        ------
-        InputError
-            A name is not a field of the problem.
-        """
-        return _remade(self, changes)
-
-    def _repr_html_(self) -> str:
-        from .report import problem_html
-
-        return problem_html(self)
+        object.__setattr__(self, "tspan", pair(self.tspan))
 
 
-def _pair(tspan: Any) -> tuple[Any, Any]:
+def pair(tspan: Any) -> tuple[Any, Any]:
+    """Start and end of a solve."""
     try:
         t0, t1 = tspan
     except (TypeError, ValueError):
         raise InputError(f"tspan={tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
                          "tspan=(0.0, 10.0)") from None
     return t0, t1
-
-
-def _remade(prob: Any, changes: dict[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(prob)]
-    for name in changes:
-        if name not in known:
-            raise InputError(f"remake got {name!r}, which is no field of {type(prob).__name__}",
-                             "only fields can change", f"the fields are {', '.join(known)}")
-    return dataclasses.replace(prob, **changes)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import probe as first_call
-from .arguments import choice, state, state_dtype, tolerances
+from .arguments import choice, count, laid_out, tolerances
 from .compressed import Pattern
 from .errors import InputError, SignatureError, SolveError, UnsupportedCombination
 from .integrate import Run
+from .problems import Problem
 from .registry import registry
 from .retcode import RetCode
 from .steadymethods import Newton, PseudoTransient, SteadyStateMethod
-from .system import Field, Inputs, Layout, Partition
+from .system import Field, Inputs, Partition
 from .system import Products as UserProducts
 
 MAX_ITERATIONS = 1000
@@ -25,7 +26,7 @@ TIMELESS = ("saveat", "dt", "events", "dtmin", "dtmax", "dense", "controller", "
 
 
 @dataclass(frozen=True, eq=False)
-class SteadyStateProblem:
+class SteadyStateProblem(Problem):
     """The steady state `f(inf, u, p) = 0` of `u' = f(t, u, p)`.
 
     Parameters
@@ -65,26 +66,6 @@ class SteadyStateProblem:
             raise SignatureError(f"f is {type(self.f).__name__}, which cannot be called",
                                  "the vector field is a function of time, state and parameters",
                                  "SteadyStateProblem(f, u0, p) with def f(t, u, p): ...")
-
-    def remake(self, **changes: Any) -> SteadyStateProblem:
-        """A copy with some fields changed: `prob.remake(p=p)`.
-
-        Raises
-        ------
-        InputError
-            A name is not a field of the problem.
-        """
-        known = [f.name for f in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise InputError(f"remake got {name!r}, which is no field of {type(self).__name__}",
-                                 "only fields can change", f"the fields are {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
-
-    def _repr_html_(self) -> str:
-        from .report import problem_html
-
-        return problem_html(self)
 
 
 @dataclass(frozen=True)
@@ -141,30 +122,20 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
                              f"leave {name} out")
     method = _method(alg)
     choice("probe", probe, ("raise", "warn", "off"))
-    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
-        raise InputError(f"max_steps={max_steps!r} is not a positive integer", "it bounds the iterations",
-                         f"max_steps={MAX_ITERATIONS}")
+    limit = count("max_steps", max_steps, MAX_ITERATIONS)
     be = registry().backend(backend) if backend else registry().backend_for(_labelled(prob))
-    u_leaves, u_structure = be.flatten(prob.u0)
-    if not u_leaves:
-        raise InputError(f"u0={prob.u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
-    kind = state_dtype(be, u_leaves, dtype)
-    u_leaves = [state(be, v, kind, device) for v in u_leaves]
-    layout = Layout(u_structure, tuple(tuple(v.shape) for v in u_leaves))
-    u0 = layout.ravel(be, u_leaves)
+    be, layout, u0 = laid_out(be, prob.u0, dtype, device)
     if be.is_complex(u0):
         raise UnsupportedCombination("a SteadyStateProblem cannot have a complex state",
                                      "the derivative of a function that is not analytic is no complex matrix",
                                      "u0 with real and imaginary parts as separate entries")
-    be = be.bound(u0)
     partition, theta, constants = Partition.of(be, prob.p)
     t = be.asarray(math.inf, dtype=be.time_dtype(u0.dtype), device=be.device(u0))
-    u_tree, p_tree = be.unflatten(u_structure, u_leaves), partition.join(be, theta, constants)
+    u_tree, p_tree = layout.opener(be)(u0), partition.join(be, theta, constants)
     if probe != "off":
         first_call.check(be, prob, t, u_tree, p_tree, probe, wrt)
     f, captured = be.hoist(prob.f, be.time(be.scalar(t)), u_tree, p_tree)
     rtol, atol = tolerances(be, rtol, atol, u0.dtype, layout, u0)
-    limit = max_steps or MAX_ITERATIONS
     run = Run(
         be=be, backend=be.name, field=Field(f, layout, partition, len(captured)), method=method, controller=None,
         vjp=None, products=UserProducts(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=None, dense=False, dt=None,

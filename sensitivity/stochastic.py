@@ -19,7 +19,7 @@ from typing import Any
 from .backend import Array, Backend, Scalar
 from .errors import InputError, SignatureError, TimesError, UnsupportedCombination, undefined
 from .noise import DEEPEST, Path, Tree, words
-from .problems import ODEProblem
+from .problems import Problem, pair
 from .stochasticchecks import action, check_path
 from .stochasticmethods import Scheme, StochasticMethod
 from .system import Field
@@ -29,7 +29,7 @@ INTERPRETATIONS = ("ito", "stratonovich")
 
 
 @dataclass(frozen=True, eq=False)
-class SDEProblem:
+class SDEProblem(Problem):
     """Initial value problem `du = f(t, u, p) dt + g(t, u, p) dW`, `u(t0) = u0`.
 
     Parameters
@@ -78,11 +78,6 @@ class SDEProblem:
                 raise SignatureError(f"{name} is {type(value).__name__}, which cannot be called",
                                      "drift and diffusion are functions of time, state and parameters",
                                      f"SDEProblem(f, g, u0, tspan, p) with def {name}(t, u, p): ...")
-        try:
-            t0, t1 = self.tspan
-        except (TypeError, ValueError):
-            raise InputError(f"tspan={self.tspan!r} is not a pair (t0, t1)", "a solve has a start and an end",
-                             "tspan=(0.0, 1.0)") from None
         for name, allowed in (("noise", NOISES), ("interpretation", INTERPRETATIONS)):
             if (value := getattr(self, name)) not in allowed:
                 raise InputError(f"{name}={value!r} is none of the possible values",
@@ -91,9 +86,7 @@ class SDEProblem:
             raise InputError(f"brownian is {type(self.brownian).__name__}, which is no path",
                              "steps ask it for increments at any time",
                              "brownian=sa.VirtualBrownianTree(key, tspan, tol), or sa.TabulatedPath(ts, W)")
-        object.__setattr__(self, "tspan", (t0, t1))
-
-    remake = ODEProblem.remake
+        object.__setattr__(self, "tspan", pair(self.tspan))
 
 
 # -- what the solve works with ----------------------------------------------------------------------------------------
