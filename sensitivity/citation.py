@@ -45,6 +45,9 @@ REFERENCES = {
     "kidger2021":
         "P. Kidger, R. T. Q. Chen, T. Lyons: \"Hey, that's not an ODE\": faster ODE adjoints via seminorms. "
         "International Conference on Machine Learning (2021).",
+    "kidger2021sde":
+        "P. Kidger, J. Foster, X. Li, T. Lyons: Efficient and accurate gradients for neural SDEs. Advances in Neural "
+        "Information Processing Systems 34 (2021).",
     "kim2021":
         "S. Kim, W. Ji, S. Deng, Y. Ma, C. Rackauckas: Stiff neural ordinary differential equations. Chaos 31 "
         "(2021) 093122.",
@@ -53,6 +56,9 @@ REFERENCES = {
     "kutta1901":
         "W. Kutta: Beitrag zur naeherungsweisen Integration totaler Differentialgleichungen. Z. Math. Phys. 46 "
         "(1901) 435-453.",
+    "li2020":
+        "X. Li, T.-K. L. Wong, R. T. Q. Chen, D. Duvenaud: Scalable gradients for stochastic differential equations. "
+        "Artificial Intelligence and Statistics (2020).",
     "mccallum2024":
         "S. McCallum, J. Foster: Efficient, accurate and stable gradients for neural ODEs. arXiv:2410.11648 "
         "(2024).",

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from .backend import Array, Backend, Scalar
 from .errors import InputError, SignatureError, TimesError, UnsupportedCombination, undefined
-from .noise import DEEPEST, Path, Tree, words
+from .noise import DEEPEST, Path, TabulatedPath, Tree, words
 from .problems import Problem, pair
 from .stochasticchecks import action, check_path
 from .stochasticmethods import Scheme, StochasticMethod
@@ -94,17 +95,29 @@ class SDEProblem(Problem):
 
 @dataclass(frozen=True)
 class Stochastic:
-    """What a run knows of its kind."""
+    """What a run knows of its kind; on a `coarse` path there are points that are further apart than the steps."""
 
     interpretation: str
+    additive: bool
+    coarse: bool
     name = "sde"
+
+    @classmethod
+    def of(cls, be: Backend, prob: SDEProblem, dt: float) -> Stochastic:
+        """What is to be known of a problem solved with steps of this size."""
+        known = be.concrete_times(be.asarray(prob.brownian.ts)) if isinstance(prob.brownian, TabulatedPath) else None
+        coarse = known is not None and any(b - a > dt * (1.0 + 1e-9) for a, b in pairwise(known))
+        return cls(prob.interpretation, prob.noise == "additive", coarse)
 
     def products(self, run: Any, x: Any) -> tuple[Any, Any]:
         """Run and inputs with which derivatives of the field are made."""
         return run, x
 
     def algorithm(self, algorithm: Any) -> Any:
-        """The algorithm, or `UnsupportedCombination` if it cannot serve SDEs."""
+        """The algorithm for SDEs, or `UnsupportedCombination` if there is none."""
+        from .algorithms.pathwise import adapted
+
+        algorithm = adapted(algorithm)
         if self.name not in algorithm.kinds:
             why = REFUSED.get(algorithm.name, "it was made for ordinary differential equations")
             raise UnsupportedCombination(f"{algorithm.name} does not go with an SDEProblem", why,
@@ -124,8 +137,6 @@ REFUSED = {
     "GaussAdjoint": "its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
     "ForwardOverAdjoint": "second derivatives through steps with noise have not been written",
     "ForwardSensitivity": "error control of the derivatives needs adaptive steps, and steps here are fixed",
-    "InterpolatingAdjoint": "the state between the steps is not known to the order of the method",
-    "BacksolveAdjoint": "its backward equation is a Stratonovich one that has not been written for paths yet",
 }
 
 
@@ -164,6 +175,7 @@ class NoisyField(Field):
         How g meets the noise: entry by entry, one noise for all entries, or as a matrix.
     m : number of noises.
     squares : whether the term of Milstein's method is wanted.
+    corrected : whether the drift is that of the Stratonovich equation with the same solution as this Ito equation.
     law, kept : the path's law, and how many arrays at the end of the constants are its own, before t0 and t1.
     dt, steps : step size, and number of steps.
     dtype : of the state, and so of all that the stages are told.
@@ -177,6 +189,7 @@ class NoisyField(Field):
     dt: float
     steps: int
     dtype: Any
+    corrected: bool = False
 
     def argument(self, be: Backend, t: Any) -> Array:
         like = be.asarray([0.0], dtype=self.dtype, device=be.device(be.asarray(t)))
@@ -196,15 +209,26 @@ class DrivenRHS:
     def __call__(self, a: Array, u: Array) -> Array:
         field, be, m = self.field, self.be, self.field.m
         t, w = a[0], a[2:2 + m]
-        f, g = self._parts(be, t, u)
+        f, g = self.parts(be, t, u)
         out = a[1] * f + self._driven(g, w)
         if field.squares:
             through = be.differentiable()
-            along = be.along(lambda v: self._parts(through, t, v)[1], u, g)
+            along = be.along(lambda v: self.parts(through, t, v)[1], u, g)
             out = out + self._driven(along, a[2 + m:])
+        if field.corrected:
+            out = out - (0.5 * a[1]) * self._correction(t, u, g)
         return out
 
-    def _parts(self, be: Any, t: Any, u: Array) -> tuple[Array, Array]:
+    def _correction(self, t: Array, u: Array, g: Array) -> Array:
+        """`sum_k (g_k)_u g_k`, twice the difference of the two drifts; g as in `parts`."""
+        through = self.be.differentiable()
+        if self.field.acts != "all":
+            return self.be.along(lambda v: self.parts(through, t, v)[1], u, g)
+        columns = [self.be.along(lambda v, k=k: self.parts(through, t, v)[1][:, k], u, g[:, k])
+                   for k in range(self.field.m)]
+        return sum(columns[1:], columns[0])
+
+    def parts(self, be: Any, t: Any, u: Array) -> tuple[Array, Array]:
         """Drift `(n,)`, and diffusion `(n,)` or `(n, m)`."""
         field = self.field
         f, g = field.f(t, be.unflatten(field.u.structure, field.u.unravel(be, u)), self.p, *self.captured)

@@ -125,7 +125,7 @@ def _vector(be: Any, tree: Any) -> Array | None:
 
 
 def _check_squares(be: Any, prob: Any, t: Any, u: Any, p: Any) -> None:
-    """Milstein's term needs the derivative of g, and for diagonal noise one that is diagonal."""
+    """`check_derivative` for the term of Milstein's method."""
     through = be.differentiable()
     leaves, structure = be.flatten(u)
     shapes = [tuple(x.shape) for x in leaves]
@@ -139,26 +139,54 @@ def _check_squares(be: Any, prob: Any, t: Any, u: Any, p: Any) -> None:
         return _vector(through, prob.g(t, through.unflatten(structure, parts), p))
 
     v = be.xp.concat([be.xp.reshape(x, (-1,)) for x in leaves])
-    weights = be.vector([1.0 + 0.37 * math.sin(7.0 * i) for i in range(sum(sizes))], v)
-    ones = be.xp.ones_like(v)
+    check_derivative(be, flat, v, "Milstein", prob.noise == "diagonal", "EulerMaruyama()")
+
+
+def check_entries(run: Any, x: Any, name: str) -> None:
+    """`check_derivative` for the correction of the drift of an Ito equation, where the numbers are known."""
+    if run.kind.interpretation != "ito" or run.kind.additive or (known := run.be.known(run, x)) is None:
+        return
+    run, x = known
+    be, field = run.be, run.field
+    through = be.differentiable()
+    rhs = field.bind(be, x.theta, x.constants)
+    t = field.argument(be, be.scalar(x.t0))[0]
+
+    def g(v: Array) -> Array:
+        out = rhs.parts(through, t, v)[1]
+        return through.xp.sum(out, axis=1) if field.acts == "all" else out
+
+    check_derivative(be, g, x.u0, name, field.acts == "each", "RecursiveCheckpointAdjoint()")
+
+
+def check_derivative(be: Any, g: Any, u: Array, needed: str, diagonal: bool, instead: str) -> None:
+    """Hold the derivative of `g`, from vectors to vectors, against differences, and for diagonal noise its entries.
+
+    Raises
+    ------
+    UnsupportedCombination
+        AD fails on `g`, or disagrees with differences; or the noise is diagonal and the derivative is not.
+    """
+    weights = be.vector([1.0 + 0.37 * math.sin(7.0 * i) for i in range(u.shape[0])], u)
+    ones = be.xp.ones_like(u)
     if "forward" not in be.modes:
-        raise UnsupportedCombination("Milstein needs the derivative of g, and there is no AD", be.how_to_get_ad.strip(),
-                                     "EulerMaruyama()")
+        raise UnsupportedCombination(f"{needed} needs the derivative of g, and there is no AD",
+                                     be.how_to_get_ad.strip(), instead)
     try:
-        along, weighted = be.along(flat, v, ones), be.along(flat, v, weights)
+        along, weighted = be.along(g, u, ones), be.along(g, u, weights)
     except Exception as e:  # any failure of AD on a user's function means the same: it cannot serve
-        raise UnsupportedCombination(f"Milstein needs the derivative of g, on which {be.name} AD fails "
+        raise UnsupportedCombination(f"{needed} needs the derivative of g, on which {be.name} AD fails "
                                      f"({type(e).__name__})", f"g has to be written for it{be.how_to_get_ad}",
-                                     "EulerMaruyama()") from e
+                                     instead) from e
     with be.quiet():
-        step = be.eps(v.dtype) ** (1 / 3)
-        numeric = (flat(v + step * ones) - flat(v - step * ones)) / (2.0 * step)
+        step = be.eps(u.dtype) ** (1 / 3)
+        numeric = (g(u + step * ones) - g(u - step * ones)) / (2.0 * step)
         size = 1e-12 + be.rms(numeric) + be.rms(along)
         if not be.rms(along - numeric) <= 1e-2 * size:
             raise UnsupportedCombination(f"{be.name} AD of g disagrees with differences",
-                                         "Milstein needs its derivative",
-                                         "write g in the AD's namespace, or EulerMaruyama()")
-        if prob.noise == "diagonal" and not be.rms(weighted - weights * along) <= 1e-6 * size:
+                                         f"{needed} needs its derivative",
+                                         f"write g in the AD's namespace, or {instead}")
+        if diagonal and not be.rms(weighted - weights * along) <= 1e-6 * size:
             raise UnsupportedCombination(
-                "Milstein with noise='diagonal' needs entry i of g to depend on entry i of u only",
-                "g mixes entries, and the missing terms are of the order of those kept", "EulerMaruyama()")
+                f"{needed} with noise='diagonal' needs entry i of g to depend on entry i of u only",
+                "g mixes entries, and the missing terms are of the order of those kept", instead)

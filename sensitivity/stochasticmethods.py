@@ -224,7 +224,7 @@ class ReversibleHeun(StochasticMethod):
 
     scheme = HEUN
     interpretation = "stratonovich"
-    references = ("kidger2021",)
+    references = ("kidger2021sde",)
 
     def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
         return Reversible(be, self.scheme, rhs)

@@ -28,7 +28,6 @@ class Noisy(Ordinary):
         self.diffusion = be.evaluate(prob.g, start.time, start.u, start.p)
         if probe != "off":
             check_diffusion(be, prob, method, start.time, start.u, start.p)
-        self.special = Stochastic(prob.interpretation)
         return Pair.hoisted(be, prob, start.time, start.u, start.p)
 
     def times(self, be: Any, t0: Array, t1: Array, saveat: Any) -> tuple[Array, Array, Any]:
@@ -37,6 +36,7 @@ class Noisy(Ordinary):
     def driven(self, start: Start, method: Any, field: Field, t1: Array, dt: float | None,
                capacity: int) -> tuple[Field, tuple[Array, ...]]:
         assert dt is not None
+        self.special = Stochastic.of(start.be, self.prob, dt)
         return drive(start.be, self.prob, method, field, self.diffusion, start.u0, start.t0, t1, dt, capacity)
 
     def products(self) -> Products:

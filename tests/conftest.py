@@ -96,9 +96,12 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "test_attached_to_the", "mixed-", "test_ten_thousand", "test_sizes", "test_around_the_switch",
                "test_in_every_framework[jax-Heun", "test_tangents_are_the_transpose", "test_solving_alone",
                "pathwise", "test_undone_steps", "are_the_transpose",
-               "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]")
+               "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]",
+               "test_continuous_gradients_are", "test_interpolating_within", "test_discrete_gradient_within",
+               "test_single_precision_of_continuous")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]", "mixed-1", "jax-501",
-                "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]")
+                "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]",
+                "jax-diagonal-stratonovich-steps-InterpolatingAdjoint")
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -318,7 +318,7 @@ def test_delays_and_implicit_methods_do_not_go_with_a_budget(numpy_lab):
     few = sa.RecursiveCheckpointAdjoint(checkpoints=3)
     delayed = sa.DDEProblem(lambda t, u, h, p: -p[0] * h(t - 1.0), np.ones(1), lambda t, p: np.ones(1), (0.0, 2.0),
                             np.array([0.5]), lags=[1.0])
-    for prob, alg, named in ((delayed, sa.Tsit5(), "ordinary differential equation"),
+    for prob, alg, named in ((delayed, sa.Tsit5(), "not an ODEProblem or SDEProblem"),
                              (problem(numpy_lab), sa.ImplicitEuler(), "ImplicitEuler, which is no explicit method")):
         with pytest.raises(sa.UnsupportedCombination, match=named):
             sa.gradient(prob, alg, loss=loss, sensealg=few, dt=0.1)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stochastic_problems import GOLD, TIMES, answer, compare, nonlinear, setup
 
 import sensitivity as sa
 
-GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "sde.json").read_text())["problems"]}
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "gold" / "gold_problems.json"
 METHODS = {"euler_maruyama": sa.EulerMaruyama(), "heun": sa.StochasticHeun(), "reversible_heun": sa.ReversibleHeun()}
 
@@ -27,34 +27,6 @@ def test_the_fixture_is_a_copy():
 
 
 # -- reference values on a given path ----------------------------------------------------------------------------------
-
-
-def setup(lab, P, ts, W, **options):
-    """Problem, names of the initial values and loss of a reference problem driven by a table."""
-    xp, code = lab.xp, P["code"]
-    drift, diffusion, start = (eval(code[k]) for k in ("strat_drift" if "strat_drift" in code else "drift",
-                                                       "diffusion", "u0"))
-    cost = eval(P["loss"]["code"])
-    initial = start({k: k for k in P["params"]}, None)
-    p = {k: lab.array(float(v)) for k, v in P["params"].items() if k not in initial}
-    u0 = lab.array([float(P["params"][k]) for k in initial])
-
-    def g(t, u, p):
-        rows = [xp.stack([x + 0.0 * u[0] for x in row]) for row in diffusion(t, u, p, xp)]
-        return xp.stack(rows) if len(rows) > 1 else rows[0]
-
-    prob = sa.SDEProblem(lambda t, u, p: xp.stack(drift(t, u, p, xp)), g, u0, (0.0, 1.0), p,
-                         noise="general" if len(initial) > 1 else "diagonal",
-                         brownian=sa.TabulatedPath(lab.array(ts), lab.array(W)), **options)
-    return prob, initial, lambda sol: cost([sol.u[i, :] for i in range(sol.u.shape[0])], p, xp)
-
-
-def compare(P, r, initial, tolerance):
-    got = {k: float(v) for k, v in r.p.items()} | dict(zip(initial, (float(v) for v in r.u0), strict=True))
-    scale = max(abs(float(v)) for v in P["gradient"].values())
-    assert float(r.value) == pytest.approx(float(P["value"]), rel=tolerance)
-    for k, v in P["gradient"].items():
-        assert got[k] == pytest.approx(float(v), abs=tolerance * scale), k
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -213,51 +185,10 @@ def test_scalar_noise(method):
 # -- gradients: every method, noise and product ------------------------------------------------------------------------
 
 
-def nonlinear(lab, noise, interpretation="ito", **options):
-    """Two states, four parameters in a dict, noise of every kind."""
-    xp = lab.xp
-
-    def f(t, u, p):
-        x, y = u[0], u[1]
-        return xp.stack([y - p["a"] * x**3 + 0.1 * xp.sin(t), -x - p["b"] * y])
-
-    def g(t, u, p):
-        x, y, s = u[0], u[1], p["s"]
-        if noise == "additive":
-            return xp.stack([xp.stack([s[0] + 0.0 * t, s[1] * t]), xp.stack([s[0] * s[1] + 0.0 * t, xp.cos(s[0] * t)])])
-        if noise == "general":
-            return xp.stack([xp.stack([s[0] * xp.cos(y), s[1] * x * y, 0.2 + 0.0 * x]),
-                             xp.stack([s[1] * x, 0.1 * y, s[0] * x * x])])
-        return xp.stack([s[0] * xp.cos(x), s[1] * y * y])
-
-    p = {"a": lab.array(0.5), "b": lab.array(0.3), "s": lab.array([0.6, 0.4])}
-    return sa.SDEProblem(f, g, lab.array([0.8, -0.4]), (0.0, 0.6), p, noise=noise, interpretation=interpretation, key=8,
-                         **options)
-
-
 CASES = [("EulerMaruyama", "general", None), ("EulerMaruyama", "scalar", "ts"), ("Milstein", "diagonal", "ts"),
          ("Milstein", "scalar", None), ("StochasticHeun", "diagonal", 4), ("StochasticHeun", "general", "steps"),
          ("ReversibleHeun", "general", "ts"), ("ReversibleHeun", "diagonal", "steps"), ("ShARK", "additive", "ts"),
          ("ReversibleHeun", "additive", None)]
-TIMES = [0.33, 0.6, 0.1, 0.33, 0.0]
-
-
-def weighted(lab, xp):
-    def loss(sol):
-        rows = sol.u.shape[0]
-        w = lab.array(np.cos(np.arange(2 * rows)).reshape(rows, 2))
-        return xp.sum(w * sol.u**2)
-
-    return loss
-
-
-def answer(lab, prob, method, saves, sensealg, dt=0.07):
-    r = sa.gradient(prob, method, weighted(lab, lab.xp), dt=dt, saveat=lab.array(TIMES) if saves == "ts" else saves,
-                    sensealg=sensealg)
-    flat = [float(r.value), *lab.numpy(r.u0).ravel()]
-    return np.array([*flat, *np.concatenate([np.ravel(lab.numpy(r.p[k])) for k in sorted(r.p)])])
-
-
 @pytest.mark.parametrize(("name", "noise", "saves"), CASES, ids=lambda v: str(v))
 def test_equals_direct_for_sdes(lab, name, noise, saves):
     """The discrete adjoint is the derivative that the framework finds through the same loop; the last step is short."""
@@ -587,9 +518,7 @@ def solved(alg=None, dt=0.1, sensealg=sa.auto, wrt=None, remake=None, **options)
         ({"controller": sa.PIController()}, "error estimate"),
         ({"tstops": [0.5]}, "tstops"),
         ({"dtmax": 0.1}, "dtmax"),
-        ({"sensealg": sa.InterpolatingAdjoint()}, "RecursiveCheckpointAdjoint"),
         ({"sensealg": sa.ForwardSensitivity()}, "RecursiveCheckpointAdjoint"),
-        ({"sensealg": sa.BacksolveAdjoint()}, "Stratonovich"),
         ({"sensealg": sa.QuadratureAdjoint()}, "smooth in time"),
         ({"sensealg": sa.GaussAdjoint()}, "smooth in time"),
         ({"sensealg": sa.ForwardOverAdjoint()}, "second derivatives"),

@@ -68,7 +68,8 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     budget = size(memory)
     assert budget is not None
     be = run.be
-    vector = x.u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
+    u0 = stepper.lift(x.u0)
+    vector = u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
     step, state = (stepper.stages + 1) * vector, (1 + stepper.fsal) * vector
     room = budget - AT_WORK * step
     if room < 2 * state:
@@ -94,8 +95,9 @@ def forward(run: Run, x: Inputs, options: tuple[Any, Any, Any]) -> tuple[base.Ou
     s = span(be, x.t0, x.t1)
     timed = run.saves not in (None, "steps")
     ts = base.save_times(run, x, s) if timed else None
-    sink = be.checkpoints(plan(run, x, stepper, *options), stepper, run.saves, ts, x.u0, s.direction, run.capacity)
-    end, (kept, rows) = integrate(run, stepper, s, x.u0, x.rtol, x.atol, sink=sink, limit=run.capacity)
+    u0 = stepper.lift(x.u0)
+    sink = be.checkpoints(plan(run, x, stepper, *options), stepper, run.saves, ts, u0, s.direction, run.capacity)
+    end, (kept, rows) = integrate(run, stepper, s, u0, x.rtol, x.atol, sink=sink, limit=run.capacity)
     if timed:
         u = be.reached(rows, ts, end.t, s.direction)
     elif run.saves == "steps":
@@ -104,7 +106,7 @@ def forward(run: Run, x: Inputs, options: tuple[Any, Any, Any]) -> tuple[base.Ou
         u, ts = end.u[None, :], [end.t]
     aux = base.Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, stepper, end), end.status, end.ratio, end.h,
                    None)
-    return base.Outputs(u, None, None), aux, base.Solved(x, kept, end)
+    return base.Outputs(stepper.seen(u), None, None), aux, base.Solved(x, kept, end)
 
 
 def opened(run: Run, solved: base.Solved) -> tuple[base.Solved, Any]:
@@ -115,5 +117,5 @@ def opened(run: Run, solved: base.Solved) -> tuple[base.Solved, Any]:
 
 def remade(run: Run, solved: base.Solved) -> base.Solved:
     """What a solve without a budget leaves: all steps, taken once more."""
-    opening, _ = opened(run, solved)
-    return solved._replace(log=run.be.remade(opening.log, solved.x.u0))
+    opening, stepper = opened(run, solved)
+    return solved._replace(log=run.be.remade(opening.log, stepper.lift(solved.x.u0)))

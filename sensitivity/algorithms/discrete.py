@@ -96,8 +96,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         return not self.budgeted
 
     def refuse(self, run: Run) -> None:
-        if self.budgeted and run.kind is not None:
-            raise base.unsupported(f"{self.name} with a budget", "a problem that is no ordinary differential equation",
+        if self.budgeted and run.kind is not None and run.kind.name != "sde":
+            raise base.unsupported(f"{self.name} with a budget", "a problem that is not an ODEProblem or SDEProblem",
                                    "RecursiveCheckpointAdjoint()")
         if self.budgeted and (run.method.implicit or not run.method.one_step):
             raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which is no explicit method",

@@ -47,7 +47,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"sde"})
     retraces: ClassVar[bool] = True
-    references: ClassVar[tuple[str, ...]] = ("kidger2021",)
+    references: ClassVar[tuple[str, ...]] = ("kidger2021sde",)
 
     def refuse(self, run: Run) -> None:
         if not isinstance(run.method, ReversibleHeun):
