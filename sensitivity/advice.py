@@ -94,9 +94,9 @@ class Advice:
                             f"(+{rejected} rejected), {f.backend}, float{f.bits}")]
         if self.probes is not None:
             p = self.probes
-            most = "at most " if p.bound else ""
-            rows.append(("probes", f"{'stiff' if p.stiff else 'not stiff'} (decay x span = {most}"
-                                   f"{max(0.0, p.decay * p.span):.2g}, rate x span = {p.rate * p.span:.2g}); "
+            about, most = ("about ", "at most ") if p.bound else ("", "")
+            rows.append(("probes", f"{'stiff' if p.stiff else 'not stiff'} (decay x span = {about}"
+                                   f"{max(0.0, p.decay * p.span):.2g}, rate x span = {about}{p.rate * p.span:.2g}); "
                                    f"integrating backwards: {most}{amount(p.digits)} digits at risk"))
         rows.append(("f", self.sensealg.because[-1]))
         if self.why_method:
@@ -168,7 +168,7 @@ class Advice:
         return json.dumps({
             "sensealg": spelled(self.sensealg), "vjp": spelled(self.vjp), "alg": spelled(self.alg), "code": self.code,
             "because": list(self.sensealg.because), "why_method": self.why_method, "facts": known,
-            "probes": None if self.probes is None else {**self.probes._asdict(), "stiff": self.probes.stiff},
+            "probes": None if self.probes is None else self.probes._asdict(),
             "path": [list(step) for step in self.path], "reference": self.reference, "agree": self.agree,
             "table": self.records()}, indent=2, default=str)
 

@@ -27,9 +27,10 @@ from .errors import InputError, SensitivityWarning, SolveError, UnsupportedCombi
 from .estimates import Work, estimate
 from .gradient import checked_names
 from .integrate import Run
-from .methods import Dopri8, Kvaerno5, Rodas5P, Tsit5
+from .methods import Kvaerno5, Rodas5P
 from .probe import through_ad
 from .registry import registry
+from .retcode import RetCode
 from .rules import Facts, facts, remark, rules
 from .solve import prepare_options, solve
 from .stiffness import POINTS, Probes, probed
@@ -40,8 +41,6 @@ ALGORITHMS: tuple[type, ...] = (
     RecursiveCheckpointAdjoint, ReversibleAdjoint, GaussAdjoint, QuadratureAdjoint, InterpolatingAdjoint,
     BacksolveAdjoint, ForwardSensitivity, ForwardADSensitivity, ForwardOverAdjoint, DirectAdjoint,
     ReversibleHeunAdjoint, ImplicitAdjoint)
-TRIAL = 2000
-TIGHT = 1e-9
 
 
 def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = False, memory: Any = None,
@@ -112,30 +111,23 @@ def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = Fals
 
 def _method(prob: Any, alg: Any, options: dict[str, Any], by_ad: Any) -> tuple[Any, str, Any, Probes | None]:
     """The method, why, a solve with it, and the probes along that solve."""
-    implicit = alg is None and getattr(prob, "mass_matrix", None) is not None
-    run, x = prepare_options(prob, Kvaerno5() if implicit else alg, options, by_ad)
-    if run.kind is not None or alg is not None:
-        sol = solve(prob, alg, **options)
-        return run.method, "", sol, _probes(prob, alg, options, run, x)
-    stiff = Rodas5P() if prob.jac is not None else Kvaerno5()
-    if run.mass is not None:
-        why = "the mass matrix is singular: an implicit method"
-        return stiff, why, solve(prob, stiff, **options), None
-    if run.be.is_complex(x.u0):
-        return Tsit5(), "the default", solve(prob, Tsit5(), **options), None
-    tight = isinstance(x.rtol, float) and x.rtol <= TIGHT
-    plain = Dopri8() if tight else Tsit5()
+    run, x = prepare_options(prob, alg, options, by_ad)
+    method, why = run.method, "; ".join(run.method.because) if alg is None else ""
+    stiff = Rodas5P() if run.products.jac is not None else Kvaerno5()
+    free = alg is None and run.kind is None and not method.implicit and not run.be.is_complex(x.u0)
     try:
-        sol = solve(prob, plain, **{"max_steps": TRIAL, **options})
-    except SolveError:
-        sol = solve(prob, stiff, **options)
-        return stiff, f"{plain.name} did not reach the end in {TRIAL} steps", sol, _probes(prob, stiff, options, run, x)
-    probes = _probes(prob, plain, options, run, x)
-    if probes is not None and probes.stiff and not probes.bound:
-        why = f"stiff: what decays fastest does so {probes.decay * probes.span:.0f} times within the span"
+        sol = solve(prob, method, **options)
+    except SolveError as e:
+        if not (free and e.retcode in (RetCode.MaxSteps, RetCode.DtMin)):
+            raise
+        why = f"{method.name} does not reach the end; {why}"
+        return stiff, why, solve(prob, stiff, **options), _probes(prob, stiff, options, run, x)
+    probes = _probes(prob, method, options, run, x)
+    if free and probes is not None and probes.stiff:
+        why = (f"stiff later on: what decays fastest does so {probes.decay * probes.span:.0f} times within the span; "
+               f"{method.name} is what solve takes, because at the start it is {why}")
         return stiff, why, solve(prob, stiff, **options), probes
-    why = "not stiff, and tight tolerances" if tight else "not stiff"
-    return plain, why, sol, probes
+    return method, why, sol, probes
 
 
 def _probes(prob: Any, alg: Any, options: dict[str, Any], run: Run, x: Inputs) -> Probes | None:
@@ -151,7 +143,9 @@ def _probes(prob: Any, alg: Any, options: dict[str, Any], run: Run, x: Inputs) -
     leaves, _ = be.flatten(sol.u)
     rows = layout.ravel(be, leaves, batch=1)
     times = be.concrete_times(sol.t)
-    return None if times is None else probed(run, x, list(times), [rows[i, :] for i in range(rows.shape[0])])
+    if times is None:
+        return None
+    return probed(run, x, list(times), [rows[i, :] for i in range(rows.shape[0])], sol.stats.naccept)
 
 
 def _work(run: Run, x: Inputs, sol: Any) -> Work:

@@ -233,9 +233,18 @@ class Backend(Lookback, Loops):
 
     def known(self, run: Any, x: Any) -> tuple[Any, Any] | None:
         """The run and its inputs as plain arrays whose values are known now, or None."""
-        flat = (self.xp.reshape(v, (-1,)) for v in (x.u0, *x.theta))
-        there = self.concrete(x.t0) is not None and all(self.concrete_times(v) is not None for v in flat)
+        flat = [self.xp.reshape(v, (-1,)) for v in (x.u0, *x.theta, x.t0, x.t1)]
+        there = all(self.concrete(v[0]) is not None for v in flat if v.shape[0])
         return (run, x) if there else None
+
+    def look(self, at: Callable, run: Any, x: Any) -> list[float] | None:
+        """The numbers of the vector `at(run, x)`, or None where they are not known now; compiled where the framework
+        compiles."""
+        known = self.known(run, x)
+        if known is None:
+            return None
+        with self.quiet():
+            return known[0].be.concrete_times(at(*known))
 
     def quiet(self) -> Any:
         """Context in which the framework records nothing for differentiation."""

@@ -153,6 +153,7 @@ def check_gradient(prob: Any, alg: Any = None, loss: Any = None, sensealgs: Sequ
                          "loss=lambda sol: (sol.u ** 2).sum()")
     by_ad = through_ad(prob, algorithms[0], names) if algorithms else names
     run, x = prepare_options(prob, alg, options, by_ad)
+    alg = run.method
     be, k = run.be, run.field.p.count
     if wrt is None and not k:
         names = ("u0",)

@@ -113,8 +113,8 @@ def backend(ensemble: EnsembleProblem, name: str | None = None) -> Any:
 def run(task: Callable[..., Any], ensemble: EnsembleProblem, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """`task(prob, *args, **options)` for every member, results with the members in front.
 
-    `task` is `solve` or `gradient`; `executor` and `chunk` are taken out of the options. Events happen in each member,
-    but `sol.events`, whose length differs, is not kept.
+    `task` is `solve` or `gradient`; `executor` and `chunk` are taken out of the options. Where no method is named, all
+    members take that of the first. Events happen in each member, but `sol.events`, whose length differs, is not kept.
 
     Raises
     ------
@@ -130,6 +130,9 @@ def run(task: Callable[..., Any], ensemble: EnsembleProblem, args: tuple[Any, ..
     if executor is not None and not hasattr(executor, "submit"):
         raise InputError(f"executor={executor!r} cannot be used", "members are handed to executor.submit",
                          "executor=concurrent.futures.ProcessPoolExecutor(...)")
+    from .recommend import method_of
+
+    args = (method_of(ensemble.member(0), args[0], options), *args[1:])
     be = backend(ensemble, options.get("backend"))
     count = len(ensemble)
     if executor is not None:

@@ -148,7 +148,7 @@ def _of_cost(prob: Any, alg: Any, cost: Cost, wrt: Any, names: tuple[str, ...], 
     if dloss is not None and not plan.others:
         raise InputError("dloss= goes with a callable loss", "a cost carries its own derivatives", "leave dloss out")
     every = (*names, "saveat") if plan.timed and "t1" in names and "saveat" not in names else names
-    r = gradient(plan.prob, alg, plan, wrt=None if wrt is None else every, sensealg=sensealg, dloss=dloss,
+    r = gradient(plan.prob, run.method, plan, wrt=None if wrt is None else every, sensealg=sensealg, dloss=dloss,
                  on_failure=on_failure, **plan.options)
     return plan.finished(run.be, r, prob, names)
 

@@ -110,7 +110,7 @@ class _Product:
                                  "g is differentiated twice by the framework", "DiscreteCost(at, dgdu, dgdp, g)")
             self.prob, be = plan.prob, run.be
             self.loss, self.extra = (lambda sol: plan.whole(be, sol)), int(plan.running)
-            run, x = prepare_options(plan.prob, alg, plan.options, ())
+            run, x = prepare_options(plan.prob, run.method, plan.options, ())
         if wrt is None:
             names = ("p",) if x.theta else ("u0",)
         if "p" in names and not x.theta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -18,7 +18,15 @@ from .tableaus import Tableau
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods."""
+    """Base of all methods.
+
+    Attributes
+    ----------
+    because : tuple of str
+        Why this was chosen, when no method was named.
+    """
+
+    because: tuple[str, ...] = field(default=(), compare=False, repr=False, kw_only=True)
 
     references: ClassVar[tuple[str, ...]] = ()
     implicit: ClassVar[bool] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .gradient import gradient, loss_cotangent
 from .hessians import hessian_vector_product
 from .probe import through_ad
 from .problems import ODEProblem
+from .recommend import method_of
 from .registry import registry
 from .retcode import RetCode
 from .solve import checked, finished, prepare_options, solve, warn_numerical
@@ -67,8 +69,8 @@ class Objective:
 
     def __init__(self, prob: Any, alg: Any, loss: Any, residuals: Any, wrt: tuple[str, ...], sensealg: Any,
                  options: dict[str, Any]) -> None:
-        self.prob, self.alg, self.loss, self.of_residuals = prob, alg, loss, residuals
-        self.wrt, self.sensealg, self.options = wrt, sensealg, options
+        self.prob, self.loss, self.of_residuals = prob, loss, residuals
+        self.wrt, self.sensealg, self.options, self._alg = wrt, sensealg, options, alg
         self.be = _backend(prob, options.get("backend"))
         self.parts = [Part(self.be, name, getattr(prob, name)) for name in wrt]
         for part in self.parts:
@@ -77,6 +79,11 @@ class Objective:
                                  "there is nothing to vary", "p=np.array([...]), or another wrt")
         self.x0 = np.concatenate([part.pack(part.leaves) for part in self.parts])
         self._known: dict[str, tuple[Any, Any]] = {}
+
+    @cached_property
+    def alg(self) -> Any:
+        """The method, one for all `x`; without a name, what `solve` takes at `x0`."""
+        return method_of(self.prob, self._alg, self.options)
 
     def unpack(self, x: Any) -> Any:
         """What `x` stands for: the tree of the one part in `wrt`, or a dict of the parts."""

@@ -64,7 +64,7 @@ def solution_html(sol: Any) -> str:
     stats = ", ".join(f"{f.name} {sol.stats[f.name]}" for f in dataclasses.fields(sol.stats))
     rows = [("retcode", code), ("t", _short(sol.t)), ("u", _short(sol.u)), ("method", repr(sol.alg)),
             ("sensealg", repr(sol.sensealg)), ("stats", stats)]
-    rows += [("because", reason) for reason in getattr(sol.sensealg, "because", ())]
+    rows += [("because", reason) for used in (sol.alg, sol.sensealg) for reason in getattr(used, "because", ())]
     return _table("Solution", rows)
 
 

@@ -19,9 +19,21 @@ from .integrate import Run
 from .registry import registry
 from .system import Inputs
 
+# The thresholds of all rules. tests/benchmarks/thresholds.py measures where each of them lies.
 FEW = 100
 # Digits lost backwards that rule a method out: a growth of exp(15) in float64, exp(7) in float32.
 LOST = {64: 6.5, 32: 3.0}
+# Decay times span from which an implicit method takes less work, and how much more for each entry of the state.
+STIFF, STIFF_PER_ENTRY = 500.0, 30.0
+# Explicit steps tried where something is fast; the longer trial where it is less than a tenth of all steps.
+TRIAL, LONG_TRIAL = 50, 400
+# Relative tolerance down to which Tsit5 is taken.
+TIGHT = 1e-9
+
+
+def stiff_from(n: int) -> float:
+    """Decay times span from which a problem with `n` entries is stiff: a Jacobian costs `n` evaluations of `f`."""
+    return STIFF + STIFF_PER_ENTRY * n
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class Solution:
     n_steps : int
         Accepted steps; with `saveat="steps"` the number of valid rows.
     prob, alg, sensealg
-        What was solved and how; `sensealg.because` says why `auto` chose it.
+        What was solved and how; `sensealg.because` says why `auto` chose it, and `alg.because` why this method was
+        taken when none was named.
     events : Events or None
         What happened on the way, if `events=` were given.
     """

@@ -11,10 +11,13 @@ from .algorithms.carried import carrying
 from .choose import auto, choose
 from .dense import DenseOutput, LaterOutput
 from .ensemble import EnsembleProblem
-from .errors import InputError, NumericalDerivativeWarning, SolveError, UnsupportedCombination
+from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
+from .failure import failure
 from .integrate import Run
 from .prepare import prepare
 from .probe import through_ad
+from .problems import ODEProblem
+from .recommend import recommended
 from .retcode import RetCode
 from .solution import Events, Solution, Stats
 from .steadymethods import SteadyStateMethod
@@ -30,7 +33,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     prob : ODEProblem, DDEProblem, SDEProblem, SteadyStateProblem or EnsembleProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
-        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`; Tsit5 if not given. For an SDEProblem
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`. If not given, one that the start of the solution
+        asks for, see `sol.alg.because`; Tsit5 where values are not known (inside `jit` and `vmap`). For an SDEProblem
         `EulerMaruyama() Milstein() StochasticHeun() ReversibleHeun() ShARK()`; one that suits the noise if not given.
         Steady states: `Newton() PseudoTransient()`; the first, then the second, if not given.
     sensealg : sensitivity algorithm or auto
@@ -88,7 +92,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     sol, _ = finished(prob, run, x, algorithm, out, aux, on_failure)
     if sol.dense is None and hasattr(prob, "tspan"):
         later = sensealg if algorithm.interpolates else auto
-        sol.dense = LaterOutput(solve, prob, alg, {**options, "sensealg": later, "on_failure": on_failure})
+        sol.dense = LaterOutput(solve, prob, run.method, {**options, "sensealg": later, "on_failure": on_failure})
     return sol
 
 
@@ -111,6 +115,8 @@ def prepare_options(prob: Any, alg: Any, options: dict[str, Any],
     if isinstance(alg, SteadyStateMethod):
         raise UnsupportedCombination(f"{alg.name} cannot solve {type(prob).__name__}", "it finds steady states",
                                      "alg=Tsit5(), or SteadyStateProblem(f, u0, p)")
+    if alg is None and isinstance(prob, ODEProblem):
+        return recommended(prob, options, wrt)
     return prepare(prob, alg, wrt=wrt, **options)
 
 
@@ -162,7 +168,7 @@ def finished(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: 
     """The solution and its outputs; a failed solve raises, or its outputs become NaN, unless "return" is asked for."""
     code = run.be.concrete(aux.status)
     if code is not None and code != RetCode.Success and on_failure == "raise":
-        raise failure(build(prob, run, x, algorithm, out, aux), run, aux, RetCode(int(code)))
+        raise failure(build(prob, run, x, algorithm, out, aux), run, x, aux, RetCode(int(code)))
     if code != RetCode.Success and on_failure != "return":
         out = out._replace(u=run.be.nan_where(aux.status != int(RetCode.Success), out.u))
     return build(prob, run, x, algorithm, out, aux), out
@@ -172,53 +178,3 @@ def warn_numerical(algorithm: Any) -> None:
     """Say once per call site that `auto` fell back on differences."""
     if algorithm.because and isinstance(algorithm.vjp, FiniteDifferenceVJP):
         warnings.warn(f"derivatives of f are {algorithm.because[-1]}", NumericalDerivativeWarning, stacklevel=3)
-
-
-def failure(sol: Solution, run: Run, aux: Aux, code: RetCode) -> SolveError:
-    """The error that says where a solve stood."""
-    if explain := getattr(run.kind, "failure", None):
-        return explain(sol, run, aux, code)
-    t, h, ratio = (float(run.be.concrete(v) or 0.0) for v in (aux.t, aux.h, aux.ratio))
-    t1 = sol.prob.tspan[1]
-    steps = f"{int(run.be.concrete(aux.accepted) or 0)} accepted steps"
-    where = f"at t={t:.6g} of {float(t1):g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
-    what, why, fix = {
-        RetCode.MaxSteps: (
-            f"max_steps={min(run.max_steps, run.capacity)} reached {where}",
-            "the tolerances ask for very short steps" if run.method.implicit
-            else f"the problem may be too stiff for {run.method.name}",
-            "max_steps= larger, looser tolerances, or " + ("rescale the problem" if run.method.implicit
-                                                            else "sa.Kvaerno5() for a stiff problem")),
-        RetCode.DtMin: (f"the step size became too small {where}", "the solution may blow up there, or f jump",
-                        "tstops=[...] at known jumps, looser tolerances, or a shorter tspan"),
-        RetCode.NewtonFailure: (
-            f"Newton's iteration for the stages of {run.method.name} failed {where}",
-            "no smaller step avoided it" if run.controller.adaptive else "a fixed step cannot be made smaller",
-            "check that f is smooth and finite there, and jac= right if it is given" if run.controller.adaptive
-            else "dt= smaller, or the default controller where the method has one"),
-        RetCode.NonFinite: (f"f returned a value that is not finite {where}", "no smaller step avoided it",
-                            "check f there (negative values under log or sqrt, division by zero)"),
-        RetCode.SimultaneousEvents: (f"two events happen at one time {where}",
-                                     "which comes first would decide the result",
-                                     "merge them into one event, or move one"),
-        RetCode.MaxEvents: (f"max_events={run.max_events} reached {where}", "events may accumulate at a point (Zeno)",
-                            "a terminal event before it, or max_events= larger"),
-        RetCode.Unstable: (f"the two solutions of the reversible pair came apart {where}",
-                           "where the solution contracts at a rate a, their difference grows like exp(|a| t)",
-                           "sensealg=RecursiveCheckpointAdjoint(), a smaller coupling=, or a shorter tspan"),
-    }[code]
-    if code in (RetCode.NonFinite, RetCode.NewtonFailure) and (name := _not_finite(run.be, sol.prob)):
-        what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (
-            f"look for the first NaN or infinity in {name}")
-    return SolveError(what, why, fix, code, t, sol)
-
-
-
-def _not_finite(be: Any, prob: Any) -> str | None:
-    """Which of `u0` and `p` cannot give a finite solution."""
-    for name in ("u0", "p"):
-        for x in be.flatten(getattr(prob, name))[0]:
-            if isinstance(x, float) or (be.is_array(x) and be.is_float(x)):
-                if not bool(be.xp.all(be.xp.isfinite(be.asarray(x)))):
-                    return name
-    return None

@@ -2,27 +2,36 @@
 
 With the eigenvalues mu of `f_u`: the spectral radius times the span against the steps that accuracy asks for says
 whether stability would limit an explicit method; the integral of max(0, -min Re mu) over the span, divided by ln 10,
-is the number of digits that an error gains on the way back. For a large state the norm of `f_u`, from products with a
-few vectors (power iteration), stands in for both, as a bound. Source: Hairer, Wanner II, IV.2.
+is the number of digits that an error gains on the way back. For a large state a few products with `f_u` (power
+iteration) stand in: their norm, as a bound, for the radius and the digits, and the Rayleigh quotient for the decay.
+Source: Hairer, Wanner II, IV.2.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .integrate import Run
-from .jacobian import between, sizes
+from .control import PIController
+from .integrate import Run, integrate, span
+from .jacobian import between, differences, sizes
+from .methods import Tsit5
+from .rules import LONG_TRIAL, TRIAL, stiff_from
 from .system import Inputs
 
 DENSE = 30
 POINTS = 6
-STIFF = 500.0
+ROUNDS = 8
+GLANCE = 5
+# Where the stability of Tsit5 ends on the negative real axis.
+LIMIT = 3.5
 
 
 class Probes(NamedTuple):
     """`rate`: largest |mu|; `decay`: largest -Re mu (at most 0 if nothing decays); `digits` at risk backwards; `bound`
-    tells that decay and digits are upper bounds; `evaluations` of `f` made."""
+    tells that rate and digits are bounds and decay an estimate; `evaluations` of `f` made; `stiff` whether stability
+    would hold an explicit method to more work than an implicit one takes."""
 
     rate: float
     decay: float
@@ -30,59 +39,195 @@ class Probes(NamedTuple):
     bound: bool
     span: float
     evaluations: int
-
-    @property
-    def stiff(self) -> bool:
-        """Whether stability would hold an explicit method to hundreds of steps, because of what decays."""
-        return self.decay * self.span > STIFF
+    stiff: bool
 
 
-def probed(run: Run, x: Inputs, times: list[float], states: list[Any]) -> Probes | None:
-    """Probes at these times and states; None where `f` is not finite there."""
+class Signs(NamedTuple):
+    """What the start of a solution says: `stiff`, fastest `rate` and `decay`, the `step` of an explicit method, how
+    much of the span was `left` where it was seen, and the evaluations of `f` that it took."""
+
+    stiff: bool
+    rate: float
+    decay: float
+    step: float
+    left: float
+    evaluations: int
+
+
+def probed(run: Run, x: Inputs, times: list[float], states: list[Any], steps: int) -> Probes | None:
+    """Probes at these times and states of a solve that took `steps`; None where `f` is not finite there."""
     be = run.be
-    rhs = run.field.bind(be, x.theta, x.constants)
-    span = abs(float(be.concrete(x.t1)) - float(be.concrete(x.t0)))
-    n, rates, decays, spent = x.u0.shape[0], [], [], 0
-    with be.quiet():
-        for t, u in zip(times, states, strict=True):
-            at = be.time(be.scalar(be.asarray(t, dtype=be.time_dtype(u.dtype))))
-            rate, decay, made = (_eigenvalues if n <= DENSE else _power)(be, rhs, at, u)
-            if not math.isfinite(rate):
-                return None
-            rates.append(rate)
-            decays.append(decay)
-            spent += made
-    held = [max(0.0, d) for d in decays]
-    area = held[0] * span if len(held) == 1 else sum(
+    length = abs(float(be.concrete(x.t1)) - float(be.concrete(x.t0)))
+    n, found = x.u0.shape[0], []
+    for t, u in zip(times, states, strict=True):
+        seen = _extremes(be.look(spectrum, run, _at(run, x, t, u)), n)
+        if seen is None:
+            return None
+        found.append(seen)
+    rates, decays, bounds = zip(*found, strict=True)
+    held = [max(0.0, d) for d in bounds]
+    area = held[0] * length if len(held) == 1 else sum(
         0.5 * (a + b) * abs(t2 - t1)
         for a, b, t1, t2 in zip(held, held[1:], times, times[1:], strict=False))
-    return Probes(max(rates), max(decays), area / math.log(10.0), n > DENSE, span, spent)
+    return Probes(max(rates), max(decays), area / math.log(10.0), n > DENSE, length, len(times) * _cost(n),
+                  max(decays) * length > max(stiff_from(n), 1.0 * steps))
 
 
-def _eigenvalues(be: Any, rhs: Any, t: Any, u: Any) -> tuple[float, float, int]:
-    """Spectral radius and largest decay from all of the Jacobian, by central differences."""
+def signs(run: Run, x: Inputs) -> Signs | None:
+    """What can be seen from the start, for few evaluations of `f`: five where nothing is fast; None where `f` fails.
+
+    If something is fast, all of `f_u` behind the first explicit step says whether it decays; and if it does, a trial
+    with an explicit method says whether its steps, beyond the first transient, are held to what is stable.
+    """
+    be, n = run.be, x.u0.shape[0]
+    t0, t1 = float(be.concrete(x.t0)), float(be.concrete(x.t1))
+    left = abs(t1 - t0)
+    try:
+        seen, spent = be.look(glance, run, x), GLANCE
+        if seen is None or not math.isfinite(seen[0]):
+            return None
+        rate = seen[0]
+        if rate * left <= 0.5 * stiff_from(n):
+            return Signs(False, rate, 0.0, math.inf, left, spent)
+        numbers = be.look(ahead, run, x)
+        found, spent = _extremes(numbers, n), spent + 1 + _cost(n)
+        if found is None or found[1] * left <= stiff_from(n):
+            return None if found is None else Signs(False, max(rate, found[0]), found[1], math.inf, left, spent)
+        for attempt, steps in ((trial, TRIAL), (long_trial, LONG_TRIAL)):
+            if steps > TRIAL and found[1] * left < 10.0 * LIMIT * steps:
+                break
+            t, h, attempts, *numbers = be.look(attempt, run, x)
+            found, spent = _extremes(numbers, n), spent + 2 + (Tsit5.base.stages - 1) * int(attempts) + _cost(n)
+            if found is None:
+                return None
+            rate, decay, _ = found
+            h, left = abs(h), abs(t1 - t)
+            stiff = h * decay > 1.0 and decay * left > stiff_from(n)
+            if stiff or not left:
+                break
+    except Exception:  # whatever f raises at a state that no solve may ever reach
+        return None
+    return Signs(stiff, rate, decay, h, left, spent)
+
+
+def stuck(run: Run, x: Inputs, t: float, h: float, u: Any) -> Signs | None:
+    """Whether an explicit solve that ended at time `t` with steps `h` was held by stability; None if unknown."""
+    be = run.be
+    try:
+        found = _extremes(be.look(spectrum, run, _at(run, x, t, u)), x.u0.shape[0])
+    except Exception:  # f may not bear the state where a solve failed
+        return None
+    if found is None:
+        return None
+    left = abs(float(be.concrete(x.t1)) - t)
+    return Signs(h * found[1] > 1.0 and found[1] * left > stiff_from(x.u0.shape[0]), found[0], found[1], h, left,
+                 _cost(x.u0.shape[0]))
+
+
+def glance(run: Run, x: Inputs) -> Any:
+    """The fastest change of `f` along four directions at the start, `(1,)`: those that `f` itself takes, and a fixed
+    one with what `f` makes of it."""
+    be, rhs, t = run.be, run.field.bind(run.be, x.theta, x.constants), run.be.time(run.be.scalar(x.t0))
+    f = rhs(t, x.u0)
+    u = _euler(run, x, f)
+    here, fastest = rhs(t, u), be.scalar(0.0)
+    small = be.eps(u.dtype) ** 0.5
+    moved, change = u - x.u0, here - f
+    for first in (None, _generic(be, u)):
+        if first is not None:
+            moved = small * first
+            change = rhs(t, u + moved) - here
+        fastest = be.greatest(fastest, _ratio(be, change, moved))
+        size = be.rms(change)
+        still = size <= 0.0
+        moved = change * (be.choose(still, 0.0, small * be.rms(sizes(be, u, 1e-3))) / be.choose(still, 1.0, size))
+        change = rhs(t, u + moved) - here
+        fastest = be.greatest(fastest, _ratio(be, change, moved))
+    return be.vector([fastest], x.u0)
+
+
+def ahead(run: Run, x: Inputs) -> Any:
+    """`spectrum` behind a first small explicit step: a state that starts at zero may hide what is fast."""
+    f = run.field.bind(run.be, x.theta, x.constants)(run.be.time(run.be.scalar(x.t0)), x.u0)
+    return spectrum(run, x._replace(u0=_euler(run, x, f)))
+
+
+def trial(run: Run, x: Inputs, steps: int = TRIAL) -> Any:
+    """Attempted explicit steps: time, step size and attempts, then `spectrum` where they end."""
+    be = run.be
+    plain = replace(run, events=(), progress=None, tstops=(), method=Tsit5(), controller=PIController(), mass=None)
+    stepper = plain.method.bind(be, run.field.bind(be, x.theta, x.constants), False)
+    end, _ = integrate(plain, stepper, span(be, x.t0, x.t1), x.u0, x.rtol, x.atol, limit=steps)
+    attempts = 1.0 * (end.accepted + end.rejected)
+    seen = spectrum(run, x._replace(u0=end.u), end.t)
+    return be.xp.concat([be.vector([end.t, end.h, be.scalar(attempts)], x.u0), seen])
+
+
+def long_trial(run: Run, x: Inputs) -> Any:
+    """`trial` of more steps: with tight tolerances, a first transient takes more than a hundred."""
+    return trial(run, x, LONG_TRIAL)
+
+
+def spectrum(run: Run, x: Inputs, t: Any = None) -> Any:
+    """What `_extremes` reads at `(t0, u0)`: all of `f_u` by central differences, `(n*n,)`, or for a large state the
+    norm and the Rayleigh quotient of the last of a few products, `(2,)`."""
+    be, u = run.be, x.u0
+    rhs = run.field.bind(be, x.theta, x.constants)
+    t, n = be.time(be.scalar(x.t0) if t is None else t), u.shape[0]
+    if n <= DENSE:
+        return be.xp.reshape(differences(be, rhs, True)(t, u), (n * n,))
+    step = be.eps(u.dtype) ** (1 / 3) * be.rms(sizes(be, u, 1e-3))
+
+    def turned(carry: tuple[Any, Any, Any], _: Any) -> tuple[tuple[Any, Any, Any], Any]:
+        v = carry[0]
+        size = be.rms(v)
+        v = v / be.choose(size > 0.0, size, 1.0)
+        w = between(rhs, t, u, step * v) / step
+        return (w, be.rms(w), -be.dot(v, w) / n), be.rms(w)
+
+    start = (_generic(be, u), be.scalar(0.0), be.scalar(0.0))
+    (_, rate, decay), _ = be.scan(turned, start, (be.vector([0.0] * ROUNDS, u),))
+    return be.vector([rate, decay], u)
+
+
+def _extremes(numbers: list[float] | None, n: int) -> tuple[float, float, float] | None:
+    """Spectral radius, largest decay, and a bound for it, from `spectrum`; None if they are not finite."""
     import numpy as np
 
-    n = u.shape[0]
-    moves = be.eps(u.dtype) ** (1 / 3) * sizes(be, u, 1e-3)
-    units = be.unit_rows(n, n, 0, u)
-    rows = [be.concrete_times(between(rhs, t, u, moves * units[i, :]) / moves[i]) for i in range(n)]
-    J = np.array(rows).T
-    if not np.isfinite(J).all():
-        return math.inf, math.inf, 2 * n
-    mu = np.linalg.eigvals(J)
-    return float(np.abs(mu).max()), float(-mu.real.min()), 2 * n
+    if numbers is None or not np.isfinite(numbers).all():
+        return None
+    if n > DENSE:
+        return numbers[0], numbers[1], numbers[0]
+    mu = np.linalg.eigvals(np.reshape(numbers, (n, n)))
+    decay = float(-mu.real.min())
+    return float(np.abs(mu).max()), decay, decay
 
 
-def _power(be: Any, rhs: Any, t: Any, u: Any, rounds: int = 4) -> tuple[float, float, int]:
-    """The norm of the Jacobian along a direction that a few products have turned towards the fastest one."""
-    n, rate = u.shape[0], math.inf
-    v = be.vector([math.cos(1.0 + 2.0 * i) for i in range(n)], u)
-    step = be.eps(u.dtype) ** (1 / 3) * max(1e-3, float(be.concrete(be.xp.max(be.xp.abs(u)))))
-    for _ in range(rounds):
-        v = v / float(be.rms(v))
-        v = between(rhs, t, u, step * v) / step
-        rate = float(be.rms(v))
-        if rate == 0.0 or not math.isfinite(rate):
-            break
-    return rate, rate, 2 * rounds
+def _cost(n: int) -> int:
+    return 2 * n if n <= DENSE else 2 * ROUNDS
+
+
+def _at(run: Run, x: Inputs, t: float, u: Any) -> Inputs:
+    return x._replace(u0=u, t0=run.be.asarray(t, dtype=run.be.time_dtype(u.dtype), device=run.be.device(u)))
+
+
+def _euler(run: Run, x: Inputs, f: Any) -> Any:
+    """The first trial point of the automatic step size (Hairer, Norsett, Wanner I, II.4)."""
+    be = run.be
+    s = span(be, x.t0, x.t1)
+    d0, d1 = (be.rms(be.scaled(v, x.u0, x.u0, x.rtol, x.atol)) for v in (x.u0, f))
+    small = be.least(d0, d1) < 1e-5
+    h = be.least(be.choose(small, 1e-6, 0.01 * d0 / be.choose(small, 1.0, d1)), abs(s.t1 - s.t0))
+    return be.combine(x.u0, s.direction * h, (1.0,), f[None, :])
+
+
+def _generic(be: Any, u: Any) -> Any:
+    """A fixed direction that is orthogonal to nothing in particular, in the sizes of the entries."""
+    return sizes(be, u, 1e-3) * be.vector([math.cos(1.0 + 2.0 * i) for i in range(u.shape[0])], u)
+
+
+def _ratio(be: Any, change: Any, moved: Any) -> Any:
+    """How much larger a change is than the move that made it; 0 where one of them is nothing or not finite."""
+    a, b = be.rms(change), be.rms(moved)
+    fine = be.isfinite(a) & (b > 0.0)
+    return be.choose(fine, a, 0.0) / be.choose(fine, b, 1.0)

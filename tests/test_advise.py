@@ -12,6 +12,7 @@ import pytest
 
 import sensitivity as sa
 from sensitivity.advice import spelled
+from sensitivity.recommend import METHOD_RULES
 from sensitivity.rules import RULES, facts, rules
 from sensitivity.solve import prepare_options
 
@@ -384,7 +385,10 @@ def test_doctor_at_the_command_line():
 
 def test_the_documentation_lists_the_rules():
     page = (Path(__file__).resolve().parent.parent / "docs" / "advisor.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$", page, re.M)
+    methods, page = page.split("## The questions")
+    row = r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$"
+    assert re.findall(row, methods, re.M) == [(r.id, r.question, r.take.name) for r in METHOD_RULES]
+    listed = re.findall(row, page, re.M)
     run, x = prepare_options(ODE, None, {})
     known = facts(run, x, sa.ReverseVJP(), memory="1GB")
     assert listed == [(r.id, r.question, r.take(known).name) for r in RULES]

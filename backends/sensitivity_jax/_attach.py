@@ -24,6 +24,12 @@ def task(algorithm, name, run, wanted, args):
     return getattr(algorithm, name)(run, *args, wanted)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def looked(at, run, x):
+    """`at(run, x)`, compiled."""
+    return at(run, x)
+
+
 class SolveMap(NamedTuple):
     """The derivative of a solve at its residuals, and the transpose of it."""
 

@@ -18,7 +18,7 @@ from sensitivity.errors import UnsupportedCombination, undefined
 from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
-from ._attach import attached, plain, task
+from ._attach import attached, looked, plain, task
 from ._lookback import JaxLookback
 from ._loops import BoundedLoops, JaxLoops
 
@@ -229,6 +229,15 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
 
     def run(self, algorithm, name, run, args, wanted):
         return task(algorithm, name, run, wanted, args)
+
+    def known(self, run, x):
+        u0, theta, t0, t1 = lax.stop_gradient((x.u0, x.theta, x.t0, x.t1))
+        plain = x._replace(u0=u0, theta=theta, t0=t0, t1=t1)
+        return None if any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(plain)) else (run, plain)
+
+    def look(self, at, run, x):
+        known = self.known(run, x)
+        return None if known is None else self.concrete_times(looked(at, *known))  # None inside jit, whatever x is
 
     def attach(self, algorithm, run, x):
         return (attached if algorithm.boundary else plain)(algorithm, run, x)

@@ -168,6 +168,13 @@ class NumpyBackend(Backend):
     def detached(self, x):
         return self.differentiable().detached(x)
 
+    def known(self, run, x):
+        return run, x
+
+    def look(self, at, run, x):
+        with np.errstate(all="ignore"):
+            return at(run, x).tolist()
+
     def differentiable(self):
         from ._boxes import BoxBackend
 

@@ -241,6 +241,21 @@ class TorchBackend(Backend):
                 return _attach.reverse(algorithm, run, *args, wanted)
             return _attach.task(algorithm, name, run, *args, wanted)
 
+    def known(self, run, x):
+        flat = (x.u0, *x.theta, x.t0, x.t1)
+        if any(_levels.batched(v) for v in flat):
+            return None
+        live = {id(v) for v in getattr(run.field.f, "live", ())}
+        u0, *theta, t0, t1 = (v if id(v) in live else _levels.value(v) for v in flat)
+        return run, x._replace(u0=u0, theta=tuple(theta), t0=t0, t1=t1)
+
+    def look(self, at, run, x):
+        known = self.known(run, x)
+        if known is None:
+            return None
+        with torch.no_grad(), _levels.outside():
+            return at(*known).tolist()
+
     def attach(self, algorithm, run, x):
         return _attach.attach(self, algorithm, run, x)
 
