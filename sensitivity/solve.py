@@ -33,8 +33,8 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     prob : ODEProblem, DDEProblem, SDEProblem, SteadyStateProblem or EnsembleProblem
     alg : method, optional
         `Euler() Heun() Midpoint() RK4() BS3() Dopri5() Tsit5() Dopri8()`, for stiff problems `ImplicitEuler()
-        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`. If not given, one that the start of the solution
-        asks for, see `sol.alg.because`; Tsit5 where values are not known (inside `jit` and `vmap`). For an SDEProblem
+        ImplicitMidpoint() Trapezoid() Kvaerno3() Kvaerno5() Rodas5P()`. If not given, one that the start of the
+        solution asks for, see `sol.alg.because`; Tsit5 inside `jit` and `vmap`. For an SDEProblem
         `EulerMaruyama() Milstein() StochasticHeun() ReversibleHeun() ShARK()`; one that suits the noise if not given.
         Steady states: `Newton() PseudoTransient()`; the first, then the second, if not given.
     sensealg : sensitivity algorithm or auto
