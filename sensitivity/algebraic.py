@@ -26,6 +26,7 @@ from .diagonal import Diagonal
 from .implicit import CONVERGED, FAILED, MOST_EXACT, RUNNING, Implicit, Newton, relative, rounded
 from .jacobian import Jacobian
 from .mass import Mass
+from .matrices import dense, factorize, shifted
 from .rosenbrock import Linear, Rosenbrock
 from .stepper import Stepper
 
@@ -40,8 +41,8 @@ class Constraints(Stepper):
     def _matrix(self, values: Any, like: Array) -> Array:
         return self.be.asarray(values, dtype=like.dtype, device=self.be.device(like))
 
-    def _factorized(self, J: Array, hg: Scalar) -> Callable:
-        return self.be.factorize(self.be.shifted(J, hg, self._matrix(self.mass.values, J)))
+    def _factorized(self, J: Any, hg: Scalar) -> Callable:
+        return factorize(self.be, shifted(self.be, J, hg, self._matrix(self.mass.values, J)))
 
     def _weighed(self, z: Array) -> Array:
         return z @ self._matrix(self.mass.values, z).T
@@ -58,7 +59,7 @@ class Constraints(Stepper):
 
         def correct(state: Newton) -> tuple[Newton, Any, Any]:
             U = u + V @ state.z
-            dz = -be.factorize(W.T @ self.jac.near(t, U) @ V)(W.T @ self.rhs(t, U))
+            dz = -be.factorize(W.T @ dense(be, self.jac.near(t, U)) @ V)(W.T @ self.rhs(t, U))
             scale = be.rms(u) + be.rms(U)
             size = be.rms(dz) / be.choose(scale > 0.0, scale, 1.0)
             rate = size / be.choose(state.size > 0.0, state.size, 1.0)
@@ -71,7 +72,7 @@ class Constraints(Stepper):
 
     def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Callable]:
         V, W = self._matrix(self.mass.right, u), self._matrix(self.mass.left, u)
-        return V, W, self.be.factorize(W.T @ self.jac.exact(t, u) @ V)
+        return V, W, self.be.factorize(W.T @ dense(self.be, self.jac.exact(t, u)) @ V)
 
     def start_vjp(self, pull: Any, t: Any, u: Array, lam: Array) -> tuple[Array, tuple[Array, ...], Any]:
         V, W, solve = self._constraint(t, u)
@@ -88,7 +89,7 @@ class Constraints(Stepper):
         """`P`, and the solver with `M + P f_u`."""
         W = self._matrix(self.mass.left, u)
         P = W @ W.T
-        return P, self.be.factorize(self._matrix(self.mass.values, u) + P @ jac(t, u))
+        return P, self.be.factorize(self._matrix(self.mass.values, u) + P @ dense(self.be, jac(t, u)))
 
     def derivative(self, t: Any, u: Array) -> Array:
         """By corrections with the derivative of `f` along `(1, k)`, so that the Jacobian need not be exact."""

@@ -35,8 +35,7 @@ class Backend(Lookback, Loops):
     modes : subset of `{"reverse", "forward"}`: derivatives of a callable that the framework offers.
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
-    sparse : whether Jacobians may be sparse matrices.
-    sparse_lu : whether `factorize_sparse` is there.
+    sparse_lu : whether Jacobians may be SciPy sparse matrices, which `factorize_sparse` takes.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
     holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
@@ -47,7 +46,6 @@ class Backend(Lookback, Loops):
     modes: frozenset[str] = frozenset()
     opaque = False
     holds_numpy = False
-    sparse = False
     attaches = False
     sparse_lu = False
     complex = True
@@ -182,8 +180,15 @@ class Backend(Lookback, Loops):
         del transposed
         return solver(apply, b)
 
-    def factorize_sparse(self, J: Any, sigma: Scalar, like: Array) -> Callable[..., Array]:
-        """`factorize(sigma I - J)` for a SciPy sparse matrix `J`; only where `sparse_lu` holds."""
+    def factorize_banded(self, bands: Array, lower: int, upper: int) -> Callable[..., Array]:
+        """`factorize` of a banded matrix: `bands` is `(lower + upper + 1, n)`, entry (i, j) in row `upper + i - j`."""
+        from .banded import factorize
+
+        return factorize(self, bands, lower, upper)
+
+    def factorize_sparse(self, A: Any, symmetric: bool | None = None) -> Callable[..., Array]:
+        """`factorize` of a SciPy sparse matrix, whose pattern may be known to be `symmetric`; where `sparse_lu` holds.
+        """
         raise NotImplementedError
 
     # -- ensembles and processes ------------------------------------------------------------------------------
@@ -307,18 +312,15 @@ class Backend(Lookback, Loops):
 
         return jac
 
-    def is_sparse(self, A: Any) -> bool:
-        """Whether `A` is a sparse matrix, on backends with `sparse`."""
-        raise NotImplementedError
-
-    def assembled(self, rows: Any, columns: Any, values: Array, n: int) -> Any:
-        """The sparse `(n, n)` matrix with these entries, on backends with `sparse`."""
-        raise NotImplementedError
-
-    def shifted(self, J: Any, c: Scalar, M: Array | None = None) -> Any:
+    def shifted(self, J: Array, c: Scalar, M: Array | None = None) -> Array:
         """`M - c J`, the identity for M = None."""
         n = J.shape[0]
         return (self.unit_rows(n, n, 0, J) if M is None else M) - c * J
+
+    def pulls(self, rhs: Callable) -> Callable:
+        """`pull(t, u, rows) -> rows f_u` for `rhs(t, u)`, one product with the transpose for each row."""
+        pull = self.vjp(lambda _: rhs, (), False, False)
+        return lambda t, u, rows: self.gathered(self.scan(lambda _, x: (0, pull(t, u, x[0])[0]), 0, (rows,))[1])
 
     def keep(self, x: Array, value: Any) -> None:
         """Let `kept(x)` find `value` for as long as this very array lives, if there is room."""

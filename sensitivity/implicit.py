@@ -28,6 +28,7 @@ from .diagonal import Diagonal
 from .explicit import step_jvp, step_vjp
 from .interpolate import interpolant, slope, transpose
 from .jacobian import Jacobian, usable
+from .matrices import factorize, shifted
 from .stepper import Adjoint, Stepper, Tangent
 
 KAPPA = 1e-2
@@ -61,8 +62,8 @@ class Solving(Stepper):
             return self.jac.system(t, u, c)
         return self._factorized((self.jac.exact if exact else self.jac.near)(t, u), c)
 
-    def _factorized(self, J: Array, c: Scalar) -> Callable:
-        return self.be.factorize(self.be.shifted(J, c))
+    def _factorized(self, J: Any, c: Scalar) -> Callable:
+        return factorize(self.be, shifted(self.be, J, c))
 
     def _weighed(self, z: Array) -> Array:
         """`M z`, for one vector or a row for each."""

@@ -7,11 +7,12 @@ equations of the discrete adjoint, and is as exact as the products with the deri
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 from .backend import Array
-from .sparsity import by_columns, by_rows
+from .errors import UnsupportedCombination
+from .matrices import Entries, entries_of, is_sparse
+from .sparsity import Pattern, by_columns
 
 
 class Jacobian(NamedTuple):
@@ -46,28 +47,35 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
     be, field, known = run.be, run.field, given(run, x)
     if not run.method.one_step:
         return known
+    pattern = run.sparsity if run.sparsity is not None and run.sparsity.size == field.u.size else None
     if known is not None and known.exact is not None and field.p.count == len(x.theta):
         n, user = field.u.size, known.exact
 
-        def jac(t: Any, u: Array) -> Array:
+        def jac(t: Any, u: Array) -> Any:
             J = user(t, u)
-            if be.sparse and be.is_sparse(J):
+            if is_sparse(J):
+                if not be.sparse_lu:
+                    raise UnsupportedCombination(f"a jac that returns SciPy matrices is not available on {be.name}",
+                                                 "its loops are compiled", "jac as an array, with jac_sparsity=")
                 return J
-            return be.xp.reshape(be.asarray(J, dtype=u.dtype, device=be.device(u)), (n, n))
+            J = be.xp.reshape(be.asarray(J, dtype=u.dtype, device=be.device(u)), (n, n))
+            return J if pattern is None else entries_of(be, pattern, J)
 
         return Jacobian(jac, jac)
     if run.vjp is None:
         return None
-    exact = run.vjp.jacobian(run, x)
     rough = be.opaque or "reverse" not in be.modes
     rhs = field.bind(be, x.theta, x.constants)
-    if be.sparse and run.sparsity is not None and run.sparsity.size == field.u.size:
-        central = partial(between, rhs), lambda u: be.eps(u.dtype) ** (1 / 3) * sizes(be, u, 1e-3)
-        near = by_columns(be, run.sparsity, *central)
-        if type(run.vjp).__name__ == "FiniteDifferenceVJP":
-            return Jacobian(near, near)
-        return Jacobian(near, by_rows(be, run.sparsity, run.vjp.pullback(run, x, params=False)))
+    if pattern is not None:
+        exact = structured(pattern, run.vjp.entries(run, x, pattern))
+        return Jacobian(structured(pattern, compressed_differences(be, rhs, pattern)) if rough else exact, exact)
+    exact = run.vjp.jacobian(run, x)
     return Jacobian(differences(be, rhs, run.method.exact_jacobian) if rough else exact, exact)
+
+
+def structured(pattern: Pattern, entries: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Entries]:
+    """`jac(t, u)` from the values of its entries."""
+    return lambda t, u: Entries(pattern, entries(t, u))
 
 
 def of_function(be: Any, rhs: Callable[[Any, Array], Array]) -> Jacobian:
@@ -99,6 +107,23 @@ def differences(be: Any, rhs: Callable[[Any, Array], Array], central: bool = Fal
         return (be.gathered(rows) / ((2.0 if central else 1.0) * step[:, None])).T
 
     return jac
+
+
+def compressed_differences(be: Any, rhs: Callable[[Any, Array], Array],
+                           pattern: Pattern) -> Callable[[Any, Array], Array]:
+    """The entries of a pattern by central differences, `2` evaluations for each colour."""
+    columns = be.asarray(pattern.columns)
+
+    def entries(t: Any, u: Array) -> Array:
+        step = be.eps(u.dtype) ** (1 / 3) * sizes(be, u, 1e-3)
+
+        def along(t: Any, u: Array, masks: Array) -> Array:
+            _, rows = be.scan(lambda _, x: (0, between(rhs, t, u, x[0])), 0, (step[None, :] * masks,))
+            return be.gathered(rows)
+
+        return by_columns(be, pattern, along)(t, u) / be.xp.take(step, columns)
+
+    return entries
 
 
 def sizes(be: Any, x: Array, floor: float) -> Array:

@@ -13,6 +13,7 @@ from .backend import Array
 from .errors import InputError, UnsupportedCombination
 from .integrate import Run
 from .krylov import gmres
+from .matrices import Entries, entries_of, factorize, is_sparse, shifted
 from .system import Inputs
 
 DENSE_LIMIT = 500
@@ -49,30 +50,29 @@ class Dense(Products):
     def at(self, u: Array, sigma: Any) -> Solve:
         be = self.be
         n = u.shape[0]
-        eye = be.unit_rows(n, n, 0, u)
         jac = self.run.products.jac
         if jac is not None:
             J = be.asarray(jac(self.t, *_arguments(self.run, self.x, u)), dtype=u.dtype)
         else:
             still = tuple(be.xp.concat([v] * n, axis=0) for v in self.still)
-            J = self.run.vjp.pushforward(self.run, self.x, still)(self.t, u, eye, None)[1].T
-        return be.factorize(sigma * eye - J)
+            J = self.run.vjp.pushforward(self.run, self.x, still)(self.t, u, be.unit_rows(n, n, 0, u), None)[1].T
+        return factorize(be, shifted(be, J, 1.0, None, sigma))
 
 
 class Sparse(Products):
-    """Sparse LU; the Jacobian is the user's `jac`, or its columns are made a colour at a time."""
+    """LU of a band or by SuperLU; the Jacobian is the user's `jac`, or made a colour at a time."""
 
     jacobians = factorisations = 1
 
     def at(self, u: Array, sigma: Any) -> Solve:
         be, run, pattern = self.be, self.run, self.run.kind.pattern
-        if run.products.jac is not None:
+        if run.products.jac is None:
+            J: Any = Entries(pattern, run.vjp.entries(run, self.x, pattern)(self.t, u))
+        else:
             J = run.products.jac(self.t, *_arguments(run, self.x, u))
-            return be.factorize_sparse(J, sigma, u)
-        seeds = be.asarray(pattern.seeds, dtype=u.dtype, device=be.device(u))
-        still = tuple(be.xp.concat([v] * pattern.colours, axis=0) for v in self.still)
-        columns = run.vjp.pushforward(run, self.x, still)(self.t, u, seeds, None)[1]
-        return be.factorize_sparse(pattern.expand(be.host(columns)), sigma, u)
+            if not is_sparse(J):
+                J = entries_of(be, pattern, be.asarray(J, dtype=u.dtype, device=be.device(u)))
+        return factorize(be, shifted(be, J, 1.0, None, sigma))
 
 
 class Krylov(Products):
@@ -111,7 +111,7 @@ def systems(run: Run, x: Inputs, t: Any, choice: str | None, rtol: float) -> Any
 
 def suggested(run: Run) -> str:
     """Sparse where the problem says how, dense up to `DENSE_LIMIT` unknowns, else products alone."""
-    if run.kind.pattern is not None and run.be.sparse_lu:
+    if _structured(run):
         return "sparse"
     return "dense" if run.field.u.size <= DENSE_LIMIT else "krylov"
 
@@ -125,18 +125,26 @@ def check_choice(owner: str, choice: Any) -> None:
 
 def refuse_choice(run: Run, owner: str, choice: str | None) -> None:
     """Refuse a `linear_solver` that this run cannot use."""
-    sparse_jac = run.kind.pattern is not None and run.kind.pattern.given
-    if choice == "sparse" and not run.be.sparse_lu:
-        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') is not available on {run.backend}",
-                                     "it has no sparse factorisation",
+    pattern, sparse_jac = run.kind.pattern, run.kind.sparse_jac
+    if choice == "sparse" and pattern is not None and not _structured(run):
+        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') is not available on {run.backend} for this "
+                                     "jac_sparsity", "there only narrow bands are factorised, and no reordering made "
+                                     f"its band narrow: {pattern.lower} diagonals below the main one and "
+                                     f"{pattern.upper} above",
                                      "linear_solver='krylov' or 'dense', or backend='numpy'")
-    if choice == "sparse" and run.kind.pattern is None:
+    if choice == "sparse" and pattern is None and not sparse_jac:
         raise UnsupportedCombination(f"{owner}(linear_solver='sparse') needs to know where f_u is zero",
                                      "the problem has neither jac_sparsity nor a sparse jac",
                                      "SteadyStateProblem(..., jac_sparsity=pattern), or linear_solver='krylov'")
     if choice == "dense" and sparse_jac:
         raise UnsupportedCombination(f"{owner}(linear_solver='dense') cannot use a sparse jac", "it factorises arrays",
                                      "linear_solver='sparse', or jac returning an array")
+
+
+def _structured(run: Run) -> bool:
+    """Whether the problem says where `f_u` is zero in a way that the backend can use."""
+    kind = run.kind
+    return kind.sparse_jac or (kind.pattern is not None and kind.pattern.structure(run.be) is not None)
 
 
 def _arguments(run: Run, x: Inputs, u: Array) -> tuple[Any, Any]:

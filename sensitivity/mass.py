@@ -13,6 +13,7 @@ from typing import Any
 
 from .backend import Array
 from .errors import IndexTooHigh, InputError, UnsupportedCombination
+from .matrices import dense
 from .registry import registry
 
 LARGEST_CONDITION = 1e12
@@ -121,7 +122,7 @@ def scaled_products(be: Any, mass: Mass, layout: Any, given: Any) -> Any:
 
 def check_index(be: Any, mass: Mass, jac: Callable[[Any, Array], Array], t: Any, u: Array) -> None:
     """Raise `IndexTooHigh` where the constraints do not determine the algebraic variables."""
-    J = be.concrete_matrix(jac(t, u))
+    J = be.concrete_matrix(dense(be, jac(t, u)))
     if J is None:
         return
     xp = registry().backend("numpy").xp

@@ -82,7 +82,9 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     most, capacity = kind.room(be, most, capacity, max_steps)
     field, arrays = kind.driven(start, method, field, t1, dt, capacity)
     products = kind.products()
-    sparsity = pattern_of(prob.jac_sparsity, u_layout.size) if method.implicit and method.one_step else None
+    sparsity = None
+    if method.implicit and method.one_step:
+        sparsity = pattern_of(prob.jac_sparsity, u_layout.size, None if mass is None else mass.values)
     if nonsingular is not None:
         sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)
     run = Run(

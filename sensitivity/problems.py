@@ -53,11 +53,11 @@ class ODEProblem(Problem):
         `f` constraints, which must determine the algebraic variables (index 1); `u0` is made consistent, keeping
         `M u0`. Only stiffly accurate implicit methods solve those.
     jac : callable, optional
-        `jac(t, u, p)` = df/du, shape `(n, n)` for a raveled state; implicit methods use it. On NumPy it may be a
-        SciPy sparse matrix.
+        `jac(t, u, p)` = df/du, shape `(n, n)` for a raveled state; implicit methods use it. On NumPy and PyTorch it
+        may be a SciPy sparse matrix.
     jac_sparsity : array, optional
-        Pattern of df/du, dense or SciPy sparse: on NumPy, implicit methods then make the Jacobian from few products
-        and factorise it as a sparse matrix. Other backends and explicit methods do not use it.
+        Pattern of df/du, dense or SciPy sparse: implicit methods then make the Jacobian from few products and factorise
+        it as a band, in the given order or a better one, or as a sparse matrix. Explicit methods do not use it.
     vjp : callable, optional
         `vjp(t, u, p, lam)` -> `(lam @ f_u, lam @ f_p)`, the second with the structure of `p`.
     jvp : callable, optional

@@ -1,29 +1,132 @@
-"""Sparse Jacobians from few products: one for all columns (or rows) that share no entry (Curtis, Powell, Reid 1974)."""
+"""Where a matrix is zero: colours, bands, and its entries from few products (Curtis, Powell, Reid 1974).
+
+Columns without a row in common share one product with the matrix, rows without a column in common one product with its
+transpose; the greedy colouring is that of Coleman and More (1983). The band is that of the given order or, where that
+is narrower, of the order of Cuthill and McKee (1969) reversed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .backend import Array
 from .errors import InputError
 from .registry import registry
 
+NARROW = 32
+
 
 class Pattern:
-    """Where a matrix may have entries, and a colouring of its columns and of its rows, known by its values.
+    """Where an `(n, n)` matrix may have entries, its diagonal among them; known by its values.
 
     Attributes
     ----------
-    rows, columns : of the entries.
+    rows, columns : of the entries, column by column.
     column_colours, row_colours : a number for each column and row; lines of one colour share no entry.
+    order : the numbering in which the band is narrow, or None for the given one.
+    lower, upper : how many diagonals the band has on either side of the main one.
     """
 
     def __init__(self, rows: Any, columns: Any, size: int) -> None:
-        self.rows, self.columns, self.size = rows, columns, size
-        self.key = (size, rows.tobytes(), columns.tobytes())
-        self.column_colours = _coloured(columns.tolist(), rows.tolist(), size)
-        self.row_colours = _coloured(rows.tolist(), columns.tolist(), size)
+        xp = _xp()
+        both = xp.unique_values(xp.concat([columns * size + rows, xp.arange(size) * (size + 1)]))
+        self.rows, self.columns, self.size = both % size, both // size, size
+        self.key = (size, both.tobytes())
+
+    @cached_property
+    def column_colours(self) -> Any:
+        return _xp().asarray(_coloured(self.columns.tolist(), self.rows.tolist(), self.size))
+
+    @cached_property
+    def row_colours(self) -> Any:
+        return _xp().asarray(_coloured(self.rows.tolist(), self.columns.tolist(), self.size))
+
+    @cached_property
+    def _band(self) -> tuple[Any, int, int]:
+        order, reach = None, _reach(self.rows, self.columns)
+        if max(reach) > 1:
+            from scipy.sparse.csgraph import reverse_cuthill_mckee
+
+            other = reverse_cuthill_mckee(self.matrix(_xp().ones(self.rows.shape[0])).tocsr())
+            place = _inverse(other)
+            narrower = _reach(place[self.rows], place[self.columns])
+            if max(narrower) < max(reach):
+                order, reach = _xp().astype(other, _xp().int64), narrower
+        return order, *reach
+
+    @property
+    def order(self) -> Any:
+        return self._band[0]
+
+    @cached_property
+    def place(self) -> Any:
+        """Where `order` puts each entry."""
+        return _inverse(self.order)
+
+    @property
+    def lower(self) -> int:
+        return self._band[1]
+
+    @property
+    def upper(self) -> int:
+        return self._band[2]
+
+    @cached_property
+    def symmetric(self) -> bool:
+        """Whether the transpose has entries in the same places."""
+        return self.T == self
+
+    @cached_property
+    def T(self) -> Pattern:
+        return Pattern(self.columns, self.rows, self.size)
+
+    @cached_property
+    def turned(self) -> Any:
+        """Where the entries of the transpose are among those of the matrix."""
+        return _xp().argsort(self.rows * self.size + self.columns)
+
+    @cached_property
+    def diagonal(self) -> Any:
+        """One for the entries of the main diagonal, zero for the others."""
+        return _xp().astype(self.rows == self.columns, _xp().float64)
+
+    @cached_property
+    def in_square(self) -> Any:
+        """The number of the entry at each place of the matrix; that of none is the number of entries."""
+        return self._placed((self.size, self.size), self.rows, self.columns)
+
+    @cached_property
+    def in_band(self) -> Any:
+        """As `in_square`, with diagonals as rows: `(lower + upper + 1, n)`, entry (i, j) in row `upper + i - j`."""
+        i, j = self.rows, self.columns
+        if self.order is not None:
+            i, j = self.place[i], self.place[j]
+        return self._placed((self.lower + self.upper + 1, self.size), self.upper + i - j, j)
+
+    def _placed(self, shape: tuple[int, int], i: Any, j: Any) -> Any:
+        xp = _xp()
+        out = xp.full((shape[0] * shape[1],), self.rows.shape[0], dtype=xp.int64)
+        out[i * shape[1] + j] = xp.arange(self.rows.shape[0])
+        return out
+
+    def structure(self, be: Any) -> str | None:
+        """How a backend factorises such matrices: "banded", by SuperLU as "sparse", or not at all."""
+        wide = max(self.lower, self.upper)
+        if wide <= NARROW or (not be.sparse_lu and 4 * wide <= self.size):
+            return "banded"
+        return "sparse" if be.sparse_lu else None
+
+    def matrix(self, values: Any) -> Any:
+        """A SciPy matrix from its entries as NumPy numbers."""
+        from scipy.sparse import csc_array
+
+        return csc_array((values, self.rows, self._starts), shape=(self.size, self.size))
+
+    @cached_property
+    def _starts(self) -> Any:
+        return _xp().searchsorted(self.columns, _xp().arange(self.size + 1))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and other.key == self.key
@@ -32,8 +135,8 @@ class Pattern:
         return hash(self.key)
 
 
-def pattern_of(given: Any, size: int) -> Pattern | None:
-    """The checked pattern of a problem's Jacobian.
+def pattern_of(given: Any, size: int, mass: Any = None) -> Pattern | None:
+    """The checked pattern of a problem's Jacobian, with the entries of `mass`, an `(n, n)` NumPy array.
 
     Raises
     ------
@@ -42,7 +145,7 @@ def pattern_of(given: Any, size: int) -> Pattern | None:
     """
     if given is None:
         return None
-    xp = registry().backend("numpy").xp
+    xp = _xp()
     try:
         entries = given.tocoo() if hasattr(given, "tocoo") else xp.asarray(given) != 0
         shape = tuple(entries.shape)
@@ -52,8 +155,31 @@ def pattern_of(given: Any, size: int) -> Pattern | None:
     if shape != (size, size):
         raise InputError(f"jac_sparsity has shape {shape}, expected {(size, size)}", "it is the pattern of df/du",
                          "one row and one column per entry of the raveled state")
-    rows, columns = (entries.row, entries.col) if hasattr(given, "tocoo") else xp.nonzero(entries)
-    return Pattern(xp.astype(rows, xp.int64), xp.astype(columns, xp.int64), size)
+    pairs = [(entries.row[entries.data != 0], entries.col[entries.data != 0])
+             if hasattr(given, "tocoo") else xp.nonzero(entries)]
+    if mass is not None:
+        pairs.append(xp.nonzero(mass))
+    rows, columns = (xp.astype(xp.concat(v), xp.int64) for v in zip(*pairs, strict=True))
+    return _kept(Pattern(rows, columns, size))
+
+
+@lru_cache(maxsize=64)
+def _kept(pattern: Pattern) -> Pattern:
+    """One pattern for all solves with an equal one, so that colours are found once."""
+    return pattern
+
+
+def _xp() -> Any:
+    return registry().backend("numpy").xp
+
+
+def _inverse(order: Any) -> Any:
+    return _xp().argsort(order)
+
+
+def _reach(rows: Any, columns: Any) -> tuple[int, int]:
+    """How far entries are below and above the diagonal."""
+    return int((rows - columns).max()), int((columns - rows).max())
 
 
 def _coloured(lines: list[int], crossings: list[int], size: int) -> list[int]:
@@ -72,33 +198,27 @@ def _coloured(lines: list[int], crossings: list[int], size: int) -> list[int]:
     return colours
 
 
-def by_columns(be: Any, pattern: Pattern, along: Callable[[Any, Array, Array], Array],
-               sizes: Callable[[Array], Array]) -> Callable[[Any, Array], Any]:
-    """The Jacobian from differences `along(t, u, step)` of `f`; `sizes(u)` has one step for each column."""
-    xp = be.xp
-    colours = xp.asarray(pattern.column_colours)
-    count = max(pattern.column_colours, default=-1) + 1
-    masks = xp.astype(colours[None, :] == xp.arange(count)[:, None], xp.float64)
-
-    def jac(t: Any, u: Array) -> Any:
-        step = sizes(u)
-        rows = xp.stack([along(t, u, step * xp.astype(mask, u.dtype)) for mask in masks])
-        values = rows[colours[pattern.columns], pattern.rows] / step[pattern.columns]
-        return be.assembled(pattern.rows, pattern.columns, values, pattern.size)
-
-    return jac
+# -- entries from products --------------------------------------------------------------------------------------------
 
 
-def by_rows(be: Any, pattern: Pattern, pull: Callable) -> Callable[[Any, Array], Any]:
-    """The Jacobian from products with its transpose, `pull(t, u, ct) -> (f_u^T ct, ...)`."""
-    xp = be.xp
-    colours = xp.asarray(pattern.row_colours)
-    count = max(pattern.row_colours, default=-1) + 1
-    masks = xp.astype(colours[None, :] == xp.arange(count)[:, None], xp.float64)
+def by_columns(be: Any, pattern: Pattern, push: Callable[[Any, Array, Array], Array]) -> Callable[[Any, Array], Array]:
+    """`entries(t, u)` from products with the matrix, `push(t, u, rows)` with one direction in each row."""
+    return _by_lines(be, pattern, pattern.column_colours, pattern.columns, pattern.rows, push)
 
-    def jac(t: Any, u: Array) -> Any:
-        rows = xp.stack([pull(t, u, xp.astype(mask, u.dtype))[0] for mask in masks])
-        values = rows[colours[pattern.rows], pattern.columns]
-        return be.assembled(pattern.rows, pattern.columns, values, pattern.size)
 
-    return jac
+def by_rows(be: Any, pattern: Pattern, pull: Callable[[Any, Array, Array], Array]) -> Callable[[Any, Array], Array]:
+    """`entries(t, u)` from products with the transpose, `pull(t, u, rows)`."""
+    return _by_lines(be, pattern, pattern.row_colours, pattern.rows, pattern.columns, pull)
+
+
+def _by_lines(be: Any, pattern: Pattern, colours: Any, lines: Any, crossings: Any,
+              products: Callable[[Any, Array, Array], Array]) -> Callable[[Any, Array], Array]:
+    xp = _xp()
+    masks = xp.astype(colours[None, :] == xp.arange(int(xp.max(colours)) + 1)[:, None], xp.float64)
+    index = colours[lines] * pattern.size + crossings
+
+    def entries(t: Any, u: Array) -> Array:
+        rows = products(t, u, be.asarray(masks, dtype=u.dtype, device=be.device(u)))
+        return be.xp.take(be.xp.reshape(rows, (-1,)), be.asarray(index, device=be.device(u)))
+
+    return entries

@@ -10,12 +10,13 @@ from typing import Any
 
 from . import probe as first_call
 from .arguments import choice, count, laid_out, tolerances
-from .compressed import Pattern
 from .errors import InputError, SignatureError, SolveError, UnsupportedCombination
 from .integrate import Run
+from .matrices import is_sparse
 from .problems import Problem
 from .registry import registry
 from .retcode import RetCode
+from .sparsity import Pattern, pattern_of
 from .steadymethods import Newton, PseudoTransient, SteadyStateMethod
 from .system import Field, Inputs, Partition
 from .system import Products as UserProducts
@@ -70,9 +71,10 @@ class SteadyStateProblem(Problem):
 
 @dataclass(frozen=True)
 class SteadyState:
-    """What only these runs have: where `f_u` is zero, if that is known."""
+    """What only these runs have: where `f_u` is zero, if that is known, and whether `jac` returns SciPy matrices."""
 
     pattern: Pattern | None = None
+    sparse_jac: bool = False
     name = "steady"
 
     def algorithm(self, sensealg: Any) -> Any:
@@ -140,7 +142,7 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
         be=be, backend=be.name, field=Field(f, layout, partition, len(captured)), method=method, controller=None,
         vjp=None, products=UserProducts(prob.vjp, prob.jvp, prob.jac, prob.paramjac), saves=None, dense=False, dt=None,
         dtmin=None, dtmax=None, tstops=(), max_steps=limit, capacity=limit, norm=norm, progress=None,
-        kind=SteadyState(_pattern(be, prob, t, u_tree, p_tree, layout.size)),
+        kind=SteadyState(pattern_of(prob.jac_sparsity, layout.size), _sparse_jac(be, prob, t, u_tree, p_tree)),
     )
     method.refuse(run)
     return run, Inputs(u0, (*theta, *captured), t, t, None, constants, rtol, atol)
@@ -164,12 +166,6 @@ def _labelled(prob: SteadyStateProblem) -> list[tuple[str, Any]]:
     return [(name, x) for name, value in (("u0", prob.u0), ("p", prob.p)) for x in tree.flatten(value)[0]]
 
 
-def _pattern(be: Any, prob: SteadyStateProblem, t: Any, u: Any, p: Any, n: int) -> Pattern | None:
-    """The sparsity that the problem states, or that its `jac` shows."""
-    if prob.jac is not None and be.sparse_lu:
-        from scipy.sparse import issparse
-
-        J = prob.jac(be.time(be.scalar(t)), u, p)
-        if issparse(J):
-            return Pattern(J, given=True)
-    return None if prob.jac_sparsity is None else Pattern.of(prob.jac_sparsity, n)
+def _sparse_jac(be: Any, prob: SteadyStateProblem, t: Any, u: Any, p: Any) -> bool:
+    """Whether the user's `jac` returns SciPy matrices."""
+    return prob.jac is not None and be.sparse_lu and is_sparse(prob.jac(be.time(be.scalar(t)), u, p))

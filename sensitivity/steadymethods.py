@@ -82,8 +82,8 @@ class Newton(SteadyStateMethod):
     Parameters
     ----------
     linear_solver : None, "dense", "sparse" or "krylov"
-        How corrections are found. None: sparse where the problem has `jac_sparsity` or a sparse `jac` (and the backend
-        sparse factorisations), dense up to 500 unknowns, GMRES on products with the derivative of `f` beyond.
+        How corrections are found. None: sparse where the problem has `jac_sparsity` or a sparse `jac` that the
+        backend can factorise, dense up to 500 unknowns, GMRES on products with the derivative of `f` beyond.
     fallback : PseudoTransient, optional
         What to try from the same guess where Newton's method fails; `alg=None` has one.
 

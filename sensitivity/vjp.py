@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from .backend import Array, Backend
 from .errors import UnsupportedCombination
 from .integrate import Run
-from .jacobian import sizes
+from .jacobian import compressed_differences, sizes
+from .sparsity import Pattern, by_columns, by_rows
 from .system import Inputs
 
 MATRIX = 2000  # entries of a state whose unit vectors are kept as a matrix
@@ -71,6 +72,16 @@ class VJP:
         units = run.be.unit_rows(n, n, 0, x.u0)
         return lambda t, u: run.be.xp.stack([pull(t, u, units[i, :])[0] for i in range(n)])
 
+    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+        """`entries(t, u)`: those of `f_u` in the places of a pattern, one product for each colour."""
+        be = run.be
+
+        def push(t: Any, u: Array, rows: Array) -> Array:
+            still = tuple(be.xp.zeros((rows.shape[0], *v.shape), dtype=v.dtype, device=be.device(v)) for v in x.theta)
+            return self.pushforward(run, x, still)(t, u, rows, None)[1]
+
+        return by_columns(be, pattern, push)
+
 
 @dataclass(frozen=True)
 class ReverseVJP(VJP):
@@ -102,6 +113,13 @@ class ReverseVJP(VJP):
 
     def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
         return run.be.jacobian(_through(run, x)(x.theta))
+
+    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+        """By columns or rows, whichever have fewer colours; an eager framework has one graph for all rows."""
+        few = len(set(pattern.row_colours.tolist())) - len(set(pattern.column_colours.tolist()))
+        if few < 0 or (few == 0 and not run.be.traced):
+            return by_rows(run.be, pattern, run.be.pulls(_through(run, x)(x.theta)))
+        return _by_pushes(run, x, pattern)
 
 
 class _Columns(VJP):
@@ -157,6 +175,9 @@ class ForwardVJP(_Columns):
 
     def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
         return run.be.jacobian(_through(run, x)(x.theta))
+
+    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+        return _by_pushes(run, x, pattern)
 
 
 class FiniteDifferenceVJP(VJP):
@@ -237,6 +258,9 @@ class FiniteDifferenceVJP(VJP):
 
         return jac
 
+    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+        return compressed_differences(run.be, _bound(run, x)(x.theta), pattern)
+
 
 class ComplexStepVJP(_Columns):
     """`Im f(x + i e d) / e` with `e = 1e-30`: exact to round-off for an analytic `f` written without branches, `abs`
@@ -295,6 +319,13 @@ class UserVJP(VJP):
 
         return pull
 
+    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+        if run.products.jvp is not None:
+            return super().entries(run, x, pattern)
+        be, pull = run.be, self.pullback(run, x, params=False)
+        return by_rows(be, pattern, lambda t, u, rows: be.gathered(
+            be.scan(lambda _, x: (0, pull(t, u, x[0])[0]), 0, (rows,))[1]))
+
     def pushforward(self, run: Run, x: Inputs, d_theta: tuple[Array, ...]) -> Push:
         be, prob, field = run.be, run.products, run.field
         rhs = field.bind(be, x.theta, x.constants)
@@ -325,6 +356,13 @@ class UserVJP(VJP):
             return f, df
 
         return push
+
+
+def _by_pushes(run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
+    """Entries of `f_u` by the framework's forward mode, in which parameters stay still."""
+    rhs = _through(run, x)(x.theta)
+    push = run.be.jvp(lambda _: rhs, (), ())
+    return by_columns(run.be, pattern, lambda t, u, rows: push(t, u, rows, None)[1])
 
 
 def _rows(be: Any, pull: Pull, t: Any, u: Array, du: Array, d_theta: tuple[Array, ...]) -> Array:

@@ -97,11 +97,12 @@ SLOW_ON_JAX = ("test_equals_direct", "DirectAdjoint", "steps-adaptive", "Forward
                "test_in_every_framework[jax-Heun", "test_tangents_are_the_transpose", "test_solving_alone",
                "pathwise", "test_undone_steps", "are_the_transpose",
                "test_order_and_company", "test_forward_mode", "test_trees_and_batches", "test_dense_output[jax]",
-               "test_continuous_gradients_are", "test_interpolating_within", "test_discrete_gradient_within",
-               "test_single_precision_of_continuous")
+                "test_continuous_gradients_are", "test_interpolating_within", "test_discrete_gradient_within",
+                "test_single_precision_of_continuous",
+                "test_constraints_with_a_band", "test_a_pattern_that_is_no_band", "test_a_band_", "test_the_model")
 QUICK_ON_JAX = ("ode_exp_decay", "None-Tsit5-fixed", "jax-Kvaerno3-times", "[jax-ImplicitEuler]", "mixed-1", "jax-501",
                 "sde_nonlinear_2d_pathwise-StochasticHeun", "undone_steps[jax-ts]",
-                "jax-diagonal-stratonovich-steps-InterpolatingAdjoint")
+                "jax-diagonal-stratonovich-steps-InterpolatingAdjoint", "changes_nothing[jax-Kvaerno3]")
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -1,12 +1,15 @@
-"""Sparse Jacobians on NumPy: coloured products, SuperLU, and factorisations that the reverse sweep finds again."""
+"""Jacobians with a known pattern: coloured products, bands, SuperLU, and factorisations that the reverse sweep finds
+again."""
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 import sensitivity as sa
+from sensitivity import banded, lapack, matrices
 from sensitivity.registry import registry
 from sensitivity.sparsity import pattern_of
+from sensitivity.testing import models
 
 N = 4
 
@@ -93,11 +96,9 @@ def test_directional_derivative(dense):
 
 def test_the_reverse_sweep_factorises_nothing(monkeypatch):
     """Each step's factorisation is kept with its record, so the gradient has as many as the solve."""
-    from sensitivity_numpy import _sparse
-
     calls = []
-    factorize = _sparse.factorize
-    monkeypatch.setattr(_sparse, "factorize", lambda A: calls.append(1) or factorize(A))
+    factorize = lapack.superlu
+    monkeypatch.setattr(lapack, "superlu", lambda *a: calls.append(1) or factorize(*a))
     r = gradient(problem(jac=jac, vjp=vjp), sa.Rodas5P())
     assert len(calls) == r.stats.nlu == r.stats.naccept + r.stats.nreject
     be = registry().backend("numpy")
@@ -111,7 +112,7 @@ def test_colours():
     A = PATTERN.toarray().astype(int)
     for M, colours in ((A, pattern.column_colours), (A.T, pattern.row_colours)):
         for c in set(colours):
-            assert np.max(M[:, np.array(colours) == c].sum(axis=1)) == 1
+            assert np.max(M[:, colours == c].sum(axis=1)) == 1
     assert len(set(pattern.column_colours)) <= 14
 
 
@@ -129,3 +130,205 @@ def test_constraints_with_a_sparse_jacobian():
     want = sa.solve(prob, sa.Kvaerno5()).u
     got = sa.solve(prob.remake(jac=lambda *a: sp.csc_array(J(*a))), sa.Kvaerno5()).u
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+# -- bands and other patterns, on every backend -----------------------------------------------------------------------
+
+
+def chain_problem(lab, order=None, n=24, wide=0):
+    """A stiff chain of n cells with two species in a given order, with the pattern of its Jacobian.
+
+    With `wide`, cell i also feels cell `wide i + 3`, counted around.
+    """
+    order = np.arange(2 * n) if order is None else order
+    place = np.argsort(order)
+    J = np.zeros((2 * n, 2 * n))
+    for i in range(n):
+        J[2 * i:2 * i + 2, 2 * i:2 * i + 2] = [[-2.0, 1.0], [0.0, -2.0]]
+        for k in {i - 1, i + 1} | ({(wide * i + 3) % n} if wide else set()):
+            if 0 <= k < n and k != i:
+                J[2 * i, 2 * k] += 1.0
+                J[2 * i + 1, 2 * k + 1] += 1.0
+                J[2 * i, 2 * i] -= bool(wide)
+                J[2 * i + 1, 2 * i + 1] -= bool(wide)
+    feed = np.zeros((2 * n, 2 * n))
+    feed[1::2, ::2] = np.eye(n)
+    turned = lambda M: lab.array(M[np.ix_(order, order)])  # noqa: E731
+    L, F = turned(J), turned(feed)
+
+    def f(t, u, p):
+        return p[0] * (L @ u) + p[1] * (F @ lab.xp.sin(u)) + lab.xp.cos(t) - 0.5 * u
+
+    pattern = ((J != 0) | (feed != 0) | np.eye(2 * n, dtype=bool))[np.ix_(order, order)]
+    u0 = 1.0 + 0.5 * np.sin(np.arange(2 * n))[order]
+    return sa.ODEProblem(f, lab.array(u0), (0.0, 0.05), lab.array([40.0, 0.7])), pattern, place
+
+
+def gradients(lab, prob, method, **options):
+    weights = lab.array(np.cos(np.arange(prob.u0.shape[0])))
+    r = sa.gradient(prob, method, lambda sol: lab.xp.sum(weights * sol.u[-1] ** 2), rtol=1e-4, atol=1e-6, **options)
+    return np.concatenate([lab.numpy(r.p), lab.numpy(r.u0)]), r
+
+
+def agree(got, want, tol):
+    np.testing.assert_allclose(got, want, rtol=tol, atol=tol * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("method", [sa.Kvaerno3(), sa.Rodas5P()], ids=lambda m: m.name)
+def test_a_band_changes_nothing(lab, method):
+    """The gradient with a declared band is the one without, whichever way the states are numbered."""
+    prob, pattern, _ = chain_problem(lab)
+    want, plain = gradients(lab, prob, method)
+    known = pattern_of(pattern, 48)
+    assert (known.lower, known.upper, known.structure(lab.be)) == (2, 2, "banded")
+    got, r = gradients(lab, prob.remake(jac_sparsity=sp.csr_array(pattern)), method)
+    # Rosenbrock steps have derivatives of the Jacobian, central differences but on JAX, and on NumPy f_u is one itself.
+    agree(got, want, 1e-8 if lab.name != "jax" and method.name == "Rodas5P" else 1e-11)
+    assert (r.stats.naccept, r.stats.nlu, r.stats.njac) == (plain.stats.naccept, plain.stats.nlu, plain.stats.njac)
+
+
+def test_a_band_in_another_order(lab):
+    """States numbered at random: the order that makes the band narrow is found, and the answer does not change."""
+    prob, pattern, _ = chain_problem(lab)
+    want, _ = gradients(lab, prob.remake(jac_sparsity=pattern), sa.Kvaerno3())
+    order = np.random.default_rng(3).permutation(48)
+    mixed, pattern, place = chain_problem(lab, order)
+    known = pattern_of(pattern, 48)
+    assert known.order is not None
+    assert max(known.lower, known.upper) <= 3
+    weights = lab.array(np.cos(np.arange(48))[order])
+    r = sa.gradient(mixed.remake(jac_sparsity=pattern), sa.Kvaerno3(),
+                    lambda sol: lab.xp.sum(weights * sol.u[-1] ** 2), rtol=1e-4, atol=1e-6)
+    got = np.concatenate([lab.numpy(r.p), lab.numpy(r.u0)[place]])
+    # Sums in another order change step sizes in their last digits, and the error of the solve is not zero.
+    agree(got, want, 1e-8)
+
+
+def test_a_pattern_that_is_no_band(lab):
+    """SuperLU on NumPy and PyTorch; JAX has no sparse factorisation, so it fills an array."""
+    prob, pattern, _ = chain_problem(lab, n=60, wide=7)
+    known = pattern_of(pattern, 120)
+    assert min(known.lower, known.upper) > 32
+    assert known.structure(lab.be) == (None if lab.name == "jax" else "sparse")
+    want, _ = gradients(lab, prob, sa.Kvaerno3())
+    got, _ = gradients(lab, prob.remake(jac_sparsity=pattern), sa.Kvaerno3())
+    agree(got, want, 1e-11)
+
+
+def test_a_sparse_jac(torch_lab):
+    """PyTorch takes SciPy matrices from `jac`, as NumPy does."""
+    prob, _, _ = chain_problem(torch_lab)
+    J = torch_lab.xp.autograd.functional.jacobian
+    want, _ = gradients(torch_lab, prob, sa.Kvaerno3())
+    sparse = prob.remake(jac=lambda t, u, p: sp.csc_array(J(lambda u: prob.f(t, u, p), u.detach()).numpy()))
+    got, _ = gradients(torch_lab, sparse, sa.Kvaerno3())
+    agree(got, want, 1e-11)
+
+
+def test_a_sparse_jac_is_refused(jax_lab):
+    """JAX has no sparse factorisation: the message says what to give instead."""
+    prob = sa.ODEProblem(lambda t, u, p: -u, jax_lab.array([1.0, 2.0]), (0.0, 1.0), jac=lambda *a: sp.eye_array(2))
+    with pytest.raises(sa.UnsupportedCombination, match="jac_sparsity"):
+        sa.solve(prob, sa.Kvaerno3())
+
+
+def test_products_are_counted_by_colours():
+    """Each Jacobian of the reverse sweep takes one product for each colour, those of the solve two evaluations."""
+    n, calls = 30, {"f": 0, "vjp": 0}
+    J = -2.0 * np.eye(n) + np.eye(n, k=1) + np.eye(n, k=-1)
+
+    def f(t, u, p):
+        calls["f"] += 1
+        return p * (J @ u)
+
+    def vjp(t, u, p, lam):
+        calls["vjp"] += 1
+        return p * (lam @ J), np.sum(lam * (J @ u))
+
+    prob = sa.ODEProblem(f, np.ones(n), (0.0, 0.2), np.array(30.0), vjp=vjp, jac_sparsity=J)
+    r = sa.gradient(prob, sa.Kvaerno3(), lambda sol: np.sum(sol.u), dloss=lambda sol: np.ones_like(sol.u), probe="off",
+                    rtol=1e-4, atol=1e-6)
+    s = r.stats
+    assert calls["f"] == s.nfe + 2 * 3 * s.njac
+    assert calls["vjp"] == s.nvjp + 3 * 3 * s.naccept
+
+
+@pytest.mark.parametrize(("n", "lower", "upper"), [(1, 0, 0), (5, 0, 0), (7, 0, 3), (16, 2, 0), (17, 1, 1), (40, 3, 1),
+                                                   (50, 20, 17), (64, 2, 2)])
+def test_band_solvers(lab, n, lower, upper):
+    """LAPACK's and the one of array operations, which every backend has: vectors, rows, and the transpose."""
+    rng = np.random.default_rng(n)
+    A = np.triu(np.tril(rng.standard_normal((n, n)), upper), -lower) + 4.0 * np.diag(rng.choice([-1.0, 1.0], n))
+    bands = np.zeros((lower + upper + 1, n))
+    for i in range(n):
+        for j in range(max(0, i - lower), min(n, i + upper + 1)):
+            bands[upper + i - j, j] = A[i, j]
+    b = rng.standard_normal((3, n))
+    for way in (lab.be.factorize_banded, lambda *a: banded.factorize(lab.be, *a)):
+        solve = way(lab.array(bands), lower, upper)
+        for transposed in (False, True):
+            want = np.linalg.solve(A.T if transposed else A, b.T).T
+            np.testing.assert_allclose(lab.numpy(solve(lab.array(b), transposed)), want, rtol=1e-11, atol=1e-12)
+            np.testing.assert_allclose(lab.numpy(solve(lab.array(b[0]), transposed)), want[0], rtol=1e-11, atol=1e-12)
+
+
+def test_a_singular_band_is_nan(lab):
+    solve = lab.be.factorize_banded(lab.array(np.zeros((3, 4))), 1, 1)
+    assert not np.isfinite(lab.numpy(solve(lab.array(np.ones(4))))).any()
+
+
+def test_badly_scaled_bands(lab):
+    """Reactions with rates over ten orders of magnitude beside diffusion: as accurate as dense LU."""
+    n, rng = 60, np.random.default_rng(1)
+    J = np.zeros((n, n))
+    for i in range(0, n, 3):
+        k, m = np.array([0.04, 3e7 * 1e-5, 1e4]) * rng.uniform(0.5, 2.0, 3), np.array([1.0, 1e-5, 0.3])
+        J[i:i + 3, i:i + 3] = [[-k[0], k[2] * m[2], k[2] * m[1]], [k[0], -2 * k[1] * m[1] - k[2] * m[2], -k[2] * m[1]],
+                               [0.0, 2 * k[1] * m[1], 0.0]]
+    J += np.diag(np.full(n - 3, 1e3), 3) + np.diag(np.full(n - 3, 1e3), -3) - 2e3 * np.eye(n)
+    pattern = pattern_of(J, n)
+    for c in (1e-3, 1.0, 1e5):
+        A, b = np.eye(n) - c * J, rng.standard_normal(n)
+        M = matrices.entries_of(lab.be, pattern, lab.array(J))
+        solve = matrices.factorize(lab.be, matrices.shifted(lab.be, M, lab.be.scalar(lab.array(c))))
+        for transposed, M in ((False, A), (True, A.T)):
+            x = lab.numpy(solve(lab.array(b), transposed))
+            assert np.linalg.norm(M @ x - b) <= 1e-13 * np.linalg.norm(M, 2) * np.linalg.norm(x)
+            np.testing.assert_allclose(x, np.linalg.solve(M, b), rtol=1e-9, atol=1e-12 * np.max(np.abs(x)))
+
+
+def test_entries(lab):
+    """A matrix by its entries, its transpose, and its array."""
+    A = np.array([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 5.0, 4.0]])
+    M = matrices.entries_of(lab.be, pattern_of(A != 0, 3), lab.array(A))
+    moved = matrices.shifted(lab.be, M, 2.0)
+    for got, want in ((M, A), (matrices.transpose(lab.be, M), A.T), (moved, np.eye(3) - 2.0 * A)):
+        np.testing.assert_array_equal(lab.numpy(matrices.dense(lab.be, got)), want)
+    assert isinstance(M, matrices.Entries)
+    assert M.shape == (3, 3)
+
+
+def test_constraints_with_a_band(lab):
+    """An index-1 problem in which the pattern of the Jacobian lacks an entry of the mass matrix."""
+    M = np.diag([1.0, 0.0, 1.0, 0.0])
+    M[0, 2] = 0.5
+
+    def f(t, u, p):
+        return lab.xp.stack([-u[0] + u[1], u[0] ** 2 - p[0] * u[1], -3.0 * u[2] + u[3], p[1] * u[2] - u[3]])
+
+    prob = sa.ODEProblem(f, lab.array([0.5, 0.0, 1.0, 0.0]), (0.0, 1.0), lab.array([2.0, 0.4]), mass_matrix=M)
+    pattern = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+    want, _ = gradients(lab, prob, sa.Kvaerno3())
+    got, _ = gradients(lab, prob.remake(jac_sparsity=pattern), sa.Kvaerno3())
+    agree(got, want, 1e-11)
+
+
+def test_the_model(lab):
+    """The diffusing Brusselator as the textbook has it: the same with and without its pattern."""
+    prob = models.brusselator_1d(lab.xp, 20).remake(tspan=(0.0, 0.2))
+    ends = [lab.numpy(sa.solve(q, sa.Kvaerno5(), rtol=1e-7, atol=1e-9).u[-1])
+            for q in (prob, prob.remake(jac_sparsity=None))]
+    np.testing.assert_allclose(*ends, rtol=1e-8)
+    v, w = prob.u0[:, 0], prob.u0[:, 1]
+    np.testing.assert_allclose(lab.numpy(v)[:3], 1.0 + np.sin(2.0 * np.pi * np.arange(1, 4) / 21.0))
+    np.testing.assert_array_equal(lab.numpy(w), np.full(20, 3.0))

@@ -295,6 +295,9 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         (value, grads), (_, rows) = jax.jvp(gradient, (tuple(args),), (tuple(d),))
         return value, grads, rows
 
+    def pulls(self, rhs):
+        return lambda t, u, rows: jax.vmap(jax.vjp(lambda u: rhs(t, u), u)[1])(rows)[0]
+
     def jacobian(self, rhs):
         return lambda t, u: jax.jacfwd(lambda u: rhs(t, u))(u)
 

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import numpy as np
 from array_api_compat import numpy as xp
 
+from sensitivity import lapack
 from sensitivity.backend import Backend
-from sensitivity.compressed import splu
 
 KEPT_BYTES = 2**29
 
@@ -18,7 +18,7 @@ class NumpyBackend(Backend):
     holds_numpy = True
     namespace, array_call = "np", "np.array"
     opaque = True
-    sparse = sparse_lu = True
+    sparse_lu = True
     how_to_get_ad = " (pip install autograd, and write f with autograd.numpy)"
     xp = xp
 
@@ -182,8 +182,11 @@ class NumpyBackend(Backend):
 
     # -- linear systems -----------------------------------------------------------------------------------------
 
-    def factorize_sparse(self, J, sigma, like):
-        return splu(J, sigma, like.dtype)
+    def factorize_sparse(self, A, symmetric=None):
+        return lapack.superlu(A, symmetric)
+
+    def factorize_banded(self, bands, lower, upper):
+        return lapack.band_lu(bands, lower, upper)
 
     def host(self, x):
         return np.asarray(x)
@@ -217,27 +220,13 @@ class NumpyBackend(Backend):
 
         return _autograd.loss_second(loss, args, d)
 
-    def is_sparse(self, A):
-        from . import _sparse
-
-        return _sparse.issparse(A)
-
-    def assembled(self, rows, columns, values, n):
-        from . import _sparse
-
-        return _sparse.assembled(rows, columns, values, n)
-
     def shifted(self, J, c, M=None):
-        if isinstance(J, np.ndarray):
-            A = J * -c
-            if M is None:
-                A.flat[::J.shape[0] + 1] += 1.0
-            else:
-                A += M
-            return A
-        from . import _sparse
-
-        return _sparse.shifted(J, c, M)
+        A = J * -c
+        if M is None:
+            A.flat[::J.shape[0] + 1] += 1.0
+        else:
+            A += M
+        return A
 
     def keep(self, x, value):
         size = getattr(value, "nbytes", 0)
@@ -253,21 +242,7 @@ class NumpyBackend(Backend):
         self._kept_bytes -= self._kept.pop(key).nbytes
 
     def factorize(self, A):
-        if not isinstance(A, np.ndarray):
-            from . import _sparse
-
-            return _sparse.factorize(A)
-        from scipy.linalg import lapack
-
-        # LAPACK's matrices lie column by column: it gets the transpose, which is no copy.
-        lu, pivots, singular = lapack.dgetrf(A.T) if A.dtype == float else lapack.sgetrf(A.T)
-        getrs = lapack.dgetrs if A.dtype == float else lapack.sgetrs
-
-        def solve(b, transposed=False):
-            return b * math.nan if singular else getrs(lu, pivots, b.T, trans=int(not transposed))[0].T
-
-        solve.nbytes = lu.nbytes
-        return solve
+        return lapack.lu(A)
 
     def along(self, f, u, du):
         from . import _autograd

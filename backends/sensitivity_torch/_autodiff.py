@@ -208,21 +208,25 @@ def value_and_vjp(f, theta, time, params):
     return at
 
 
-def jacobian(rhs):
-    """`jac(t, u)`, row by row; see `Backend.jacobian`."""
+def pulls(rhs):
+    """`pull(t, u, rows)`, row by row on one graph; see `Backend.pulls`."""
 
-    def jac(t, u):
-        n = u.shape[0]
+    def pull(t, u, rows):
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             out = rhs(t, u)
         if not out.requires_grad:
-            return u.new_zeros(n, n)
-        units = torch.eye(n, dtype=out.dtype, device=out.device)
-        rows = [torch.autograd.grad(out, u, e, retain_graph=True, allow_unused=True)[0] for e in units]
-        return torch.stack([torch.zeros_like(u, requires_grad=False) if r is None else r for r in rows])
+            return u.new_zeros(rows.shape[0], u.shape[0])
+        bars = [torch.autograd.grad(out, u, e, retain_graph=True, allow_unused=True)[0] for e in rows.to(out.dtype)]
+        return torch.stack([torch.zeros_like(u, requires_grad=False) if r is None else r for r in bars])
 
-    return jac
+    return pull
+
+
+def jacobian(rhs):
+    """`jac(t, u)`; see `Backend.jacobian`."""
+    pull = pulls(rhs)
+    return lambda t, u: pull(t, u, torch.eye(u.shape[0], dtype=u.dtype, device=u.device))
 
 
 def jvp(f, theta, d_theta):

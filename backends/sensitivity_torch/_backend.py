@@ -5,8 +5,8 @@ import math
 import torch
 from array_api_compat import torch as xp
 
+from sensitivity import lapack
 from sensitivity.backend import Backend
-from sensitivity.compressed import splu
 from sensitivity.errors import UnsupportedCombination, undefined
 
 from . import _attach, _autodiff, _levels
@@ -215,8 +215,19 @@ class TorchBackend(Backend):
 
         return solve
 
-    def factorize_sparse(self, J, sigma, like):
-        solve = splu(J, sigma, self.host(like).dtype)
+    def factorize_sparse(self, A, symmetric=None):
+        return self._by_host(lapack.superlu(A, symmetric))
+
+    def factorize_banded(self, bands, lower, upper):
+        if bands.device.type == "cpu":
+            return self._by_host(lapack.band_lu(self.host(bands), lower, upper))
+        try:
+            return super().factorize_banded(bands, lower, upper)
+        except torch.linalg.LinAlgError:
+            return lambda b, transposed=False: b * math.nan
+
+    def _by_host(self, solve):
+        """A solver on NumPy arrays as one on tensors."""
         return lambda b, transposed=False: torch.as_tensor(
             solve(self.host(b), transposed), dtype=b.dtype, device=b.device)
 
@@ -279,6 +290,9 @@ class TorchBackend(Backend):
 
     def loss_second(self, loss, args, d):
         return _autodiff.loss_second(loss, args, d)
+
+    def pulls(self, rhs):
+        return _autodiff.pulls(rhs)
 
     def jacobian(self, rhs):
         return _autodiff.jacobian(rhs)

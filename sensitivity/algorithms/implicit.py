@@ -51,7 +51,7 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
     ----------
     linear_solver : None, "dense", "sparse" or "krylov"
         How the (transposed) system with `f_u` is solved. None: sparse where the problem has `jac_sparsity` or a sparse
-        `jac` (and the backend sparse factorisations), dense up to 500 unknowns, GMRES on products beyond.
+        `jac` that the backend can factorise, dense up to 500 unknowns, GMRES on products beyond.
     vjp : VJP, optional
 
     Only for `SteadyStateProblem`. One gradient costs two transposed solves, one of them a check, and three products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from ..registry import registry
@@ -95,6 +96,22 @@ def check_vectors(h: Harness) -> None:
     t = be.scalar(h.array(1.0))
     h.close(be.nan_where(t > 2.0, a), [1.0, -2.0, 4.0], 0.0, "nan_where leaves good values")
     require(all(math.isnan(v) for v in h.numbers(be.nan_where(t < 2.0, a))), "nan_where leaves bad values")
+
+
+def check_banded_equations(h: Harness) -> None:
+    """`factorize_banded` solves `A x = b` and `A^T x = b`, with diagonals as LAPACK stores them."""
+    n, lower, upper = 40, 1, 2
+    bands = [[4.0 * (k == upper) + math.cos(1.0 + 3 * k + 7 * j) for j in range(n)] for k in range(lower + upper + 1)]
+    solve = h.be.factorize_banded(h.array(bands), lower, upper)
+    x = [math.sin(1.0 + i) for i in range(n)]
+    for transposed in (False, True):
+        b = [0.0] * n
+        for k, j in itertools.product(range(lower + upper + 1), range(n)):
+            i = k - upper + j
+            if 0 <= i < n:
+                row, column = (j, i) if transposed else (i, j)
+                b[row] += bands[k][j] * x[column]
+        h.close(solve(h.array(b), transposed), x, 1e-13, f"a banded equation, transposed={transposed}")
 
 
 def check_linear_equations(h: Harness) -> None:

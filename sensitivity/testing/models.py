@@ -147,6 +147,32 @@ def pkpd(xp: Any) -> Dosed:
     return Dosed(prob, (24.0, 48.0), affect)
 
 
+def brusselator_1d(xp: Any, n: int = 128) -> ODEProblem:
+    """Two diffusing species on n cells between fixed ends (Hairer, Wanner II, IV.10): `2 n` states, 3 parameters A, B
+    and the diffusion coefficient, stiff.
+
+    State `(n, 2)`, so that `jac_sparsity` has two diagonals on either side of the main one.
+    """
+    from scipy.sparse import block_diag, diags_array
+
+    scale = float(n + 1) ** 2
+    x = [(i + 1) / (n + 1) for i in range(n)]
+
+    def f(t: Any, u: Any, p: Any) -> Any:
+        A, B, d = p[0], p[1], p[2]
+        ends = xp.reshape(xp.stack([A, B / A]), (1, 2))
+        wide = xp.concatenate([ends, u, ends])
+        v, w = u[:, 0], u[:, 1]
+        gain = v * v * w
+        return (xp.stack([A + gain - (B + 1.0) * v, B * v - gain], 1)
+                + scale * d * (wide[:-2] - 2.0 * u + wide[2:]))
+
+    u0 = [[1.0 + math.sin(2.0 * math.pi * a), 3.0] for a in x]
+    cells = block_diag([[[1.0, 1.0], [1.0, 1.0]]] * n)
+    pattern = cells + diags_array([1.0, 1.0], offsets=[-2, 2], shape=(2 * n, 2 * n))
+    return ODEProblem(f, _array(xp, u0), (0.0, 10.0), _array(xp, [1.0, 3.0, 0.02]), jac_sparsity=pattern)
+
+
 def brusselator_2d(xp: Any, n: int = 5) -> ODEProblem:
     """Two diffusing species on an `n x n` periodic grid: `2 n^2` states, `4 n^2` parameters, stiff for large n.
 
