@@ -42,7 +42,8 @@ class Constraints(Stepper):
         return self.be.asarray(values, dtype=like.dtype, device=self.be.device(like))
 
     def _factorized(self, J: Any, hg: Scalar) -> Callable:
-        return factorize(self.be, shifted(self.be, J, hg, self._matrix(self.mass.values, J)))
+        A = shifted(self.be, J, hg, self._matrix(self.mass.values, J))
+        return factorize(self.be, A, self.jac.solver)
 
     def _weighed(self, z: Array) -> Array:
         return z @ self._matrix(self.mass.values, z).T

@@ -63,7 +63,7 @@ class Solving(Stepper):
         return self._factorized((self.jac.exact if exact else self.jac.near)(t, u), c)
 
     def _factorized(self, J: Any, c: Scalar) -> Callable:
-        return factorize(self.be, shifted(self.be, J, c))
+        return factorize(self.be, shifted(self.be, J, c), self.jac.solver)
 
     def _weighed(self, z: Array) -> Array:
         """`M z`, for one vector or a row for each."""
@@ -196,7 +196,7 @@ class Implicit(Solving):
         return (self.stages - self.fsal) * steps + int(self.fsal)
 
     def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
-        made = attempts if adaptive else iterations
+        made = 0 if self.jac.free else attempts if adaptive else iterations
         return made, made, iterations
 
 

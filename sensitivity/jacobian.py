@@ -7,12 +7,18 @@ equations of the discrete adjoint, and is as exact as the products with the deri
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from .backend import Array
 from .errors import UnsupportedCombination
-from .matrices import Entries, entries_of, is_sparse
+from .linearsolver import SOLVERS
+from .matrices import Entries, Operator, dense, entries_of, is_sparse
 from .sparsity import Pattern, by_columns
+
+LARGEST_DENSE = 2000
+FORCING = 1e-4  # of linear equations inside an iteration that corrects their errors
+TIGHT, NUMERIC = 1e-12, 1e-8  # of those that nothing corrects, by exact products and by differences
 
 
 class Jacobian(NamedTuple):
@@ -20,12 +26,15 @@ class Jacobian(NamedTuple):
 
     `sparsity` is the pattern, where it is known. `system(t, u, c) -> solve(b, transposed=False)` solves with
     `M - c f_u`, where the structure of the equation offers something better than a factorisation of the whole.
+    `solver` is the user's linear solver; `free` says that there are products only, no matrices.
     """
 
     near: Any
     exact: Any
     sparsity: Any = None
     system: Any = None
+    solver: Any = None
+    free: bool = False
 
 
 def given(run: Any, x: Any) -> Jacobian | None:
@@ -48,6 +57,51 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
     if not run.method.one_step:
         return known
     pattern = run.sparsity if run.sparsity is not None and run.sparsity.size == field.u.size else None
+    choice = getattr(run.method, "linear_solver", None)
+    if run.vjp is not None and (choice == "krylov" or (choice is None and _large(run, known, pattern))):
+        return matrix_free(run, x)
+    made = _matrices(run, x, known, pattern)
+    if choice == "dense":
+        return made._replace(near=lambda *at: dense(be, made.near(*at)), exact=lambda *at: dense(be, made.exact(*at)))
+    return made if choice in SOLVERS else made._replace(solver=choice)
+
+
+def _large(run: Any, known: Jacobian | None, pattern: Pattern | None) -> bool:
+    """Whether a problem is too large for a dense matrix, has nothing better, and products with `f_u^T` are cheap."""
+    unknown = (known is None or known.exact is None) and (pattern is None or pattern.structure(run.be) is None)
+    products = run.vjp is not None and run.vjp.transposes
+    return unknown and products and run.mass is None and run.field.u.size > LARGEST_DENSE
+
+
+def matrix_free(run: Any, x: Any) -> Jacobian:
+    """The Jacobian by its products: near enough for Newton's iteration, and as exact as the products are."""
+    be, least = run.be, 100.0 * run.be.eps(x.u0.dtype)
+    rhs, push = run.field.bind(be, x.theta, x.constants), run.vjp.pushes(run, x)
+    pull = run.vjp.pullback(run, x, params=False)
+
+    def along(t: Any, u: Array, v: Array) -> Array:
+        return push(t, u, v[None, :])[0, :]
+
+    def difference(t: Any, u: Array, v: Array) -> Array:
+        size = be.rms(v)
+        e = be.eps(u.dtype) ** (1 / 3) * be.greatest(be.rms(u), 1e-3) / be.choose(size > 0.0, size, 1.0)
+        return between(rhs, t, u, e * v) / e
+
+    def operator(rtol: float, product: Callable, strict: bool) -> Callable[[Any, Array], Operator]:
+        return lambda t, u: Operator(partial(product, t, u), lambda v: pull(t, u, v)[0], max(rtol, least), strict)
+
+    linear = run.method.exact_jacobian  # no iteration corrects errors
+    exact = operator(NUMERIC if run.vjp.numeric else TIGHT, along, True)
+    if be.opaque:
+        near = operator(NUMERIC if linear else FORCING, difference, False)
+    else:
+        near = exact if linear else operator(FORCING, along, False)
+    return Jacobian(near, exact, free=True)
+
+
+def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None) -> Jacobian:
+    """The Jacobian as a matrix, in whatever structure it has."""
+    be, field = run.be, run.field
     if known is not None and known.exact is not None and field.p.count == len(x.theta):
         n, user = field.u.size, known.exact
 
@@ -63,7 +117,7 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
 
         return Jacobian(jac, jac)
     if run.vjp is None:
-        return None
+        return of_function(be, field.bind(be, x.theta, x.constants))
     rough = be.opaque or "reverse" not in be.modes
     rhs = field.bind(be, x.theta, x.constants)
     if pattern is not None:

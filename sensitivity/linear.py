@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .backend import Array
-from .errors import InputError, UnsupportedCombination
+from .errors import UnsupportedCombination
 from .integrate import Run
-from .krylov import gmres
-from .matrices import Entries, entries_of, factorize, is_sparse, shifted
+from .linearsolver import DENSE_LIMIT, SOLVERS, refuse_choice
+from .matrices import Entries, Operator, entries_of, factorize, is_sparse, shifted
 from .system import Inputs
 
-DENSE_LIMIT = 500
-SOLVERS = (None, "dense", "sparse", "krylov")
 Solve = Callable[..., Array]
 
 
@@ -26,8 +24,8 @@ class Products:
 
     jacobians = factorisations = 0
 
-    def __init__(self, run: Run, x: Inputs, t: Any) -> None:
-        self.run, self.be, self.x, self.t = run, run.be, x, t
+    def __init__(self, run: Run, x: Inputs, t: Any, solver: Any = None) -> None:
+        self.run, self.be, self.x, self.t, self.solver = run, run.be, x, t, solver
         still = tuple(0.0 * v[None, ...] for v in x.theta)
         self.still = still
         self.push = run.vjp.pushforward(run, x, still)
@@ -56,7 +54,7 @@ class Dense(Products):
         else:
             still = tuple(be.xp.concat([v] * n, axis=0) for v in self.still)
             J = self.run.vjp.pushforward(self.run, self.x, still)(self.t, u, be.unit_rows(n, n, 0, u), None)[1].T
-        return factorize(be, shifted(be, J, 1.0, None, sigma))
+        return factorize(be, shifted(be, J, 1.0, None, sigma), self.solver)
 
 
 class Sparse(Products):
@@ -72,7 +70,7 @@ class Sparse(Products):
             J = run.products.jac(self.t, *_arguments(run, self.x, u))
             if not is_sparse(J):
                 J = entries_of(be, pattern, be.asarray(J, dtype=u.dtype, device=be.device(u)))
-        return factorize(be, shifted(be, J, 1.0, None, sigma))
+        return factorize(be, shifted(be, J, 1.0, None, sigma), self.solver)
 
 
 class Krylov(Products):
@@ -83,30 +81,19 @@ class Krylov(Products):
         self.rtol = rtol
 
     def at(self, u: Array, sigma: Any) -> Solve:
-        def forward(v: Array) -> Array:
-            return self.apply(u, sigma, v)
-
-        def backward(v: Array) -> Array:
-            return self.transposed(u, sigma, v)
-
-        def solver(apply: Callable, b: Array) -> Array:
-            return gmres(self.be, apply, b, self.rtol)
-
-        def solve(b: Array, transposed: bool = False) -> Array:
-            if b.ndim == 2:
-                return self.be.xp.stack([solve(b[i, :], transposed) for i in range(b.shape[0])])
-            first, second = (backward, forward) if transposed else (forward, backward)
-            return self.be.linear_solve(first, second, b, solver)
-
-        return solve
+        return factorize(self.be, Operator(lambda v: self.apply(u, sigma, v), lambda v: self.transposed(u, sigma, v),
+                                           self.rtol))
 
 
-def systems(run: Run, x: Inputs, t: Any, choice: str | None, rtol: float) -> Any:
+def systems(run: Run, x: Inputs, t: Any, choice: Any, rtol: float) -> Any:
     """The way to solve that `choice` names, or the one that suits the problem; `rtol` is that of `Krylov`."""
-    name = choice or suggested(run)
+    solver = None if choice in SOLVERS else choice
+    name = suggested(run) if choice is None else choice
     if name == "krylov":
         return Krylov(run, x, t, rtol)
-    return (Sparse if name == "sparse" else Dense)(run, x, t)
+    if solver is not None:
+        name = "sparse" if _structured(run) else "dense"
+    return (Sparse if name == "sparse" else Dense)(run, x, t, solver)
 
 
 def suggested(run: Run) -> str:
@@ -116,27 +103,10 @@ def suggested(run: Run) -> str:
     return "dense" if run.field.u.size <= DENSE_LIMIT else "krylov"
 
 
-def check_choice(owner: str, choice: Any) -> None:
-    """Refuse a `linear_solver` that does not exist."""
-    if choice not in SOLVERS:
-        raise InputError(f"{owner}(linear_solver={choice!r}) is none of the possible values",
-                         "they are None, 'dense', 'sparse', 'krylov'", f"{owner}() chooses by size and sparsity")
-
-
-def refuse_choice(run: Run, owner: str, choice: str | None) -> None:
+def refuse(run: Run, owner: str, choice: Any) -> None:
     """Refuse a `linear_solver` that this run cannot use."""
-    pattern, sparse_jac = run.kind.pattern, run.kind.sparse_jac
-    if choice == "sparse" and pattern is not None and not _structured(run):
-        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') is not available on {run.backend} for this "
-                                     "jac_sparsity", "there only narrow bands are factorised, and no reordering made "
-                                     f"its band narrow: {pattern.lower} diagonals below the main one and "
-                                     f"{pattern.upper} above",
-                                     "linear_solver='krylov' or 'dense', or backend='numpy'")
-    if choice == "sparse" and pattern is None and not sparse_jac:
-        raise UnsupportedCombination(f"{owner}(linear_solver='sparse') needs to know where f_u is zero",
-                                     "the problem has neither jac_sparsity nor a sparse jac",
-                                     "SteadyStateProblem(..., jac_sparsity=pattern), or linear_solver='krylov'")
-    if choice == "dense" and sparse_jac:
+    refuse_choice(run.be, owner, choice, run.kind.pattern, run.kind.sparse_jac)
+    if choice == "dense" and run.kind.sparse_jac:
         raise UnsupportedCombination(f"{owner}(linear_solver='dense') cannot use a sparse jac", "it factorises arrays",
                                      "linear_solver='sparse', or jac returning an array")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .backend import Array, Scalar
+from .krylov import gmres
 from .sparsity import Pattern
 
 
@@ -26,6 +27,15 @@ class Entries(NamedTuple):
     @property
     def device(self) -> Any:
         return getattr(self.values, "device", None)
+
+
+class Operator(NamedTuple):
+    """A matrix known by its products with vectors; systems are solved to `rtol`, and `strict` ones are NaN if not."""
+
+    apply: Callable[[Array], Array]
+    transposed: Callable[[Array], Array]
+    rtol: float
+    strict: bool = False
 
 
 def is_sparse(A: Any) -> bool:
@@ -57,6 +67,11 @@ def transpose(be: Any, A: Any) -> Any:
 
 def shifted(be: Any, J: Any, c: Scalar, M: Array | None = None, sigma: Scalar | None = None) -> Any:
     """`M - c J`, or `sigma M - c J`, the identity for M = None, in the structure of J."""
+    if isinstance(J, Operator):
+        assert sigma is None
+        assert M is None
+        return J._replace(apply=lambda v: v - _times(be, J.apply(v), c),
+                          transposed=lambda v: v - _times(be, J.transposed(v), c))
     if isinstance(J, Entries):
         unit = (be.asarray(J.pattern.diagonal, dtype=J.dtype, device=be.device(J.values)) if M is None
                 else entries_of(be, J.pattern, M).values)
@@ -71,8 +86,12 @@ def shifted(be: Any, J: Any, c: Scalar, M: Array | None = None, sigma: Scalar | 
     return be.shifted(J, c, M)
 
 
-def factorize(be: Any, A: Any) -> Callable[..., Array]:
-    """`solve(b, transposed=False)` as `Backend.factorize`, by the structure of A."""
+def factorize(be: Any, A: Any, solver: Any = None) -> Callable[..., Array]:
+    """`solve(b, transposed=False)` as `Backend.factorize`, by the structure of A, or by the user's `solver`."""
+    if isinstance(A, Operator):
+        return _krylov(be, A)
+    if solver is not None:
+        return _users(be, A, solver)
     if is_sparse(A):
         return be.factorize_sparse(A)
     if not isinstance(A, Entries):
@@ -96,6 +115,44 @@ def factorize(be: Any, A: Any) -> Callable[..., Array]:
 
     reordered.nbytes = getattr(solve, "nbytes", 0)  # type: ignore[attr-defined]
     return reordered
+
+
+def _krylov(be: Any, A: Operator) -> Callable[..., Array]:
+    """By GMRES."""
+    def solver(apply: Callable, b: Array) -> Array:
+        return gmres(be, apply, b, A.rtol)
+
+    def solve(b: Array, transposed: bool = False) -> Array:
+        if b.ndim == 2:
+            return be.xp.stack([solve(b[i, :], transposed) for i in range(b.shape[0])])
+        first, second = (A.transposed, A.apply) if transposed else (A.apply, A.transposed)
+        x = be.linear_solve(first, second, b, solver)
+        return _unless(be, b - first(x), b, 100.0 * A.rtol, x) if A.strict else x
+
+    return solve
+
+
+def _users(be: Any, A: Any, solver: Any) -> Callable[..., Array]:
+    """By the user's linear solver, whose answers are checked; it gets a SciPy matrix where the pattern is known and the
+    backend has those, else an array."""
+    if isinstance(A, Entries):
+        A = A.pattern.matrix(be.host(A.values)) if be.sparse_lu else dense(be, A)
+    inner, hosted = solver.factor(A), is_sparse(A)
+
+    def solve(b: Array, transposed: bool = False) -> Array:
+        if b.ndim == 2:
+            return be.xp.stack([solve(b[i, :], transposed) for i in range(b.shape[0])])
+        right, M = be.host(b) if hosted else b, A.T if transposed else A
+        x = inner(right, transposed)
+        left, x = (be.asarray(v, dtype=b.dtype, device=be.device(b)) for v in (M @ x, x))
+        return _unless(be, b - left, b, be.eps(b.dtype) ** 0.4, x)
+
+    return solve
+
+
+def _unless(be: Any, residual: Array, b: Array, rtol: float, x: Array) -> Array:
+    """`x`, NaN where the residual is too large."""
+    return be.nan_where(be.choose(be.rms(residual) <= rtol * be.rms(b), 0, 1) > 0, x)
 
 
 def _times(be: Any, A: Array, factor: Scalar) -> Array:

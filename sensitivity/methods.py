@@ -11,6 +11,7 @@ from .algebraic import Algebraic, AlgebraicRosenbrock
 from .diagonal import Diagonal
 from .explicit import Explicit
 from .implicit import Implicit
+from .linearsolver import check_choice
 from .rosenbrock import RODAS5P, Linear, Rosenbrock
 from .stepper import Stepper
 from .tableaus import Tableau
@@ -155,12 +156,37 @@ class Dopri8(RungeKutta):
     references = ("prince1981",)
 
 
-@dataclass(frozen=True)
-class DiagonallyImplicit(Method):
+@dataclass(frozen=True, repr=False)
+class ImplicitMethod(Method):
+    """Base of the methods that solve linear equations in each step.
+
+    Parameters
+    ----------
+    linear_solver : None, "dense", "sparse", "krylov", or an object
+        How equations with `M - c f_u` and its transpose are solved. "dense": LU of an array. "sparse": of the pattern
+        `jac_sparsity`, as a band where that is narrow or by SuperLU, or of the SciPy matrices that `jac` returns.
+        "krylov": GMRES on products with `f_u`, without a matrix. None: sparse where the problem says how, dense up to
+        2000 unknowns, GMRES beyond. An object: its `factor(A)` returns `solve(b, transposed)` for vectors b; A is a
+        SciPy matrix where the pattern is known (NumPy, PyTorch), else an array. What it solves is checked.
+    """
+
+    linear_solver: Any = None
+
+    implicit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, self.linear_solver)
+
+    def __repr__(self) -> str:
+        chosen = "" if self.linear_solver is None else f"linear_solver={self.linear_solver!r}"
+        return f"{self.name}({chosen})"
+
+
+@dataclass(frozen=True, repr=False)
+class DiagonallyImplicit(ImplicitMethod):
     """Base of the diagonally implicit Runge-Kutta methods, for stiff problems."""
 
     base: ClassVar[Diagonal]
-    implicit: ClassVar[bool] = True
 
     @property
     def adaptive(self) -> bool:
@@ -177,12 +203,11 @@ class DiagonallyImplicit(Method):
         return Implicit(be, self.base, rhs, jac)
 
 
-@dataclass(frozen=True)
-class RosenbrockMethod(Method):
+@dataclass(frozen=True, repr=False)
+class RosenbrockMethod(ImplicitMethod):
     """Base of the Rosenbrock methods, for stiff problems."""
 
     base: ClassVar[Linear]
-    implicit: ClassVar[bool] = True
     exact_jacobian: ClassVar[bool] = True
 
     @property

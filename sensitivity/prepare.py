@@ -25,6 +25,7 @@ from .errors import InputError, UnsupportedCombination
 from .events import Watched, watched
 from .integrate import Run
 from .kinds import Ordinary, Start
+from .linearsolver import fitting
 from .mass import Mass, mass_of, scaled_products
 from .methods import Method
 from .problems import DDEProblem, ODEProblem
@@ -85,6 +86,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     sparsity = None
     if method.implicit and method.one_step:
         sparsity = pattern_of(prob.jac_sparsity, u_layout.size, None if mass is None else mass.values)
+        fitting(be, method, sparsity, prob.jac is not None, mass)
     if nonsingular is not None:
         sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)
     run = Run(

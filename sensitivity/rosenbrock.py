@@ -283,4 +283,5 @@ class Rosenbrock(Solving):
         return (self.stages + twice) * steps
 
     def algebra(self, attempts: Any, iterations: Any, adaptive: bool) -> tuple[Any, Any, Any]:
-        return attempts, attempts, self.stages * attempts
+        made = 0 if self.jac.free else attempts
+        return made, made, self.stages * attempts

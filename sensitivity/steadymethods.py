@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 from .backend import Array, Scalar
 from .errors import InputError, UnsupportedCombination
 from .integrate import Run
-from .linear import check_choice, refuse_choice, systems
+from .linear import refuse, systems
+from .linearsolver import check_choice
 from .methods import Method
 from .retcode import RetCode
 from .stepper import Stepper
@@ -57,7 +58,7 @@ class SteadyStateMethod(Method):
 
     adaptive: ClassVar[bool] = True
 
-    linear_solver: str | None = None
+    linear_solver: Any = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, self.linear_solver)
@@ -68,7 +69,7 @@ class SteadyStateMethod(Method):
 
     def refuse(self, run: Run) -> None:
         """Raise `UnsupportedCombination` if this run is beyond the method."""
-        refuse_choice(run, self.name, self.linear_solver)
+        refuse(run, self.name, self.linear_solver)
 
     def iterate(self, run: Run, x: Inputs) -> Found:
         """Solve from the guess `x.u0`."""
@@ -81,7 +82,7 @@ class Newton(SteadyStateMethod):
 
     Parameters
     ----------
-    linear_solver : None, "dense", "sparse" or "krylov"
+    linear_solver : None, "dense", "sparse", "krylov", or an object
         How corrections are found. None: sparse where the problem has `jac_sparsity` or a sparse `jac` that the
         backend can factorise, dense up to 500 unknowns, GMRES on products with the derivative of `f` beyond.
     fallback : PseudoTransient, optional
@@ -158,7 +159,7 @@ class PseudoTransient(SteadyStateMethod):
 
     Parameters
     ----------
-    linear_solver : None, "dense", "sparse" or "krylov"
+    linear_solver : None, "dense", "sparse", "krylov", or an object
         As for `Newton`.
     dt : float, optional
         The first step; chosen from `u0` and `f` there if not given.

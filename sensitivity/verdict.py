@@ -29,6 +29,9 @@ def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveErro
         RetCode.EventAtSaveTime: (name + "an output lies exactly on an event",
                                   "it would be the state before or behind the event after the smallest change",
                                   "read sol.events.u, or save a little earlier or later"),
+        RetCode.NewtonFailure: (name + "a linear equation of the reverse sweep could not be solved",
+                                "f_u is not finite there, I - h f_u is singular, or the linear solver did not converge",
+                                "linear_solver='dense', or 'sparse' with jac_sparsity=, of the method"),
     }.get(code, (f"the reverse solve of {algorithm.name} failed: {code.name}",
                  "the adjoint equation needs more steps than allowed, or cannot be followed backwards",
                  "sensealg=RecursiveCheckpointAdjoint(), or max_steps= larger"))

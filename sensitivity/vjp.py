@@ -34,10 +34,12 @@ def _through(run: Run, x: Inputs) -> Callable[[tuple[Array, ...]], Callable]:
 class VJP:
     """Base of the VJP choices.
 
-    `transposes` says that a transposed product costs about as much as one evaluation of `f`, not one per entry of `u`.
+    `transposes` says that a transposed product costs about as much as one evaluation of `f`, not one per entry of `u`;
+    `numeric` that products are differences.
     """
 
     transposes: ClassVar[bool] = True
+    numeric: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -74,13 +76,17 @@ class VJP:
 
     def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
         """`entries(t, u)`: those of `f_u` in the places of a pattern, one product for each colour."""
+        return by_columns(run.be, pattern, self.pushes(run, x))
+
+    def pushes(self, run: Run, x: Inputs) -> Callable[[Any, Array, Array], Array]:
+        """`push(t, u, rows)`: products of `f_u` with the rows, while parameters stay still."""
         be = run.be
 
         def push(t: Any, u: Array, rows: Array) -> Array:
             still = tuple(be.xp.zeros((rows.shape[0], *v.shape), dtype=v.dtype, device=be.device(v)) for v in x.theta)
             return self.pushforward(run, x, still)(t, u, rows, None)[1]
 
-        return by_columns(be, pattern, push)
+        return push
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,10 @@ class ReverseVJP(VJP):
         few = len(set(pattern.row_colours.tolist())) - len(set(pattern.column_colours.tolist()))
         if few < 0 or (few == 0 and not run.be.traced):
             return by_rows(run.be, pattern, run.be.pulls(_through(run, x)(x.theta)))
-        return _by_pushes(run, x, pattern)
+        return super().entries(run, x, pattern)
+
+    def pushes(self, run: Run, x: Inputs) -> Callable[[Any, Array, Array], Array]:
+        return _pushes(run, x)
 
 
 class _Columns(VJP):
@@ -176,8 +185,8 @@ class ForwardVJP(_Columns):
     def jacobian(self, run: Run, x: Inputs) -> Callable[[Any, Array], Array]:
         return run.be.jacobian(_through(run, x)(x.theta))
 
-    def entries(self, run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
-        return _by_pushes(run, x, pattern)
+    def pushes(self, run: Run, x: Inputs) -> Callable[[Any, Array, Array], Array]:
+        return _pushes(run, x)
 
 
 class FiniteDifferenceVJP(VJP):
@@ -187,6 +196,7 @@ class FiniteDifferenceVJP(VJP):
     """
 
     transposes = False
+    numeric = True
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         be, bound = run.be, _bound(run, x)
@@ -358,11 +368,11 @@ class UserVJP(VJP):
         return push
 
 
-def _by_pushes(run: Run, x: Inputs, pattern: Pattern) -> Callable[[Any, Array], Array]:
-    """Entries of `f_u` by the framework's forward mode, in which parameters stay still."""
+def _pushes(run: Run, x: Inputs) -> Callable[[Any, Array, Array], Array]:
+    """As `VJP.pushes`, by the framework's forward mode."""
     rhs = _through(run, x)(x.theta)
     push = run.be.jvp(lambda _: rhs, (), ())
-    return by_columns(run.be, pattern, lambda t, u, rows: push(t, u, rows, None)[1])
+    return lambda t, u, rows: push(t, u, rows, None)[1]
 
 
 def _rows(be: Any, pull: Pull, t: Any, u: Array, du: Array, d_theta: tuple[Array, ...]) -> Array:

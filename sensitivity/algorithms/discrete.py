@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from ..backend import Record
 from ..errors import InputError
 from ..integrate import Run, span
+from ..retcode import RetCode
 from ..stepper import Adjoint
 from ..system import Inputs
 from . import base, budget
@@ -161,6 +162,10 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if stepper.algebraic:
             lam, theta_bar, t_bar = stepper.start_vjp(pull, be.time(s.t0), u0, lam)
             theta, t0_bar = be.add(theta, theta_bar), t0_bar + t_bar
+        if stepper.implicit:
+            solved_all = be.isfinite(be.rms(lam)) | (be.isfinite(be.rms(ct.u[0, :])) == False)  # noqa: E712
+            status = be.choose((status == int(RetCode.Success)) & (solved_all == False),  # noqa: E712
+                               int(RetCode.NewtonFailure), status)
         lam = stepper.lift_vjp(lam)
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status)

@@ -25,7 +25,8 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array
 from ..errors import SolveError, UnsupportedCombination
 from ..integrate import Run
-from ..linear import DENSE_LIMIT, check_choice, refuse_choice, suggested, systems
+from ..linear import refuse, suggested, systems
+from ..linearsolver import DENSE_LIMIT, check_choice
 from ..retcode import RetCode
 from ..steadymethods import SteadyStateMethod
 from ..system import Inputs
@@ -49,7 +50,7 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
 
     Parameters
     ----------
-    linear_solver : None, "dense", "sparse" or "krylov"
+    linear_solver : None, "dense", "sparse", "krylov", or an object
         How the (transposed) system with `f_u` is solved. None: sparse where the problem has `jac_sparsity` or a sparse
         `jac` that the backend can factorise, dense up to 500 unknowns, GMRES on products beyond.
     vjp : VJP, optional
@@ -63,7 +64,7 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
     """
 
     vjp: Any = field(default=None, kw_only=True)
-    linear_solver: str | None = None
+    linear_solver: Any = None
 
     exact: ClassVar[bool] = True
     closed: ClassVar[bool] = True
@@ -77,7 +78,7 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
     def refuse(self, run: Run) -> None:
         if not isinstance(run.method, SteadyStateMethod):
             raise base.unsupported(self.name, "a problem that evolves in time", "auto")
-        refuse_choice(run, self.name, self.linear_solver)
+        refuse(run, self.name, self.linear_solver)
         n = run.field.u.size
         if not run.vjp.transposes and n > DENSE_LIMIT and (self.linear_solver or suggested(run)) == "krylov":
             raise UnsupportedCombination(

@@ -1,0 +1,157 @@
+"""The option `linear_solver` of implicit methods: products alone, the user's own, and what does not fit."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.sparse.linalg import splu
+
+import sensitivity as sa
+from sensitivity import matrices
+
+N = 12
+FIXED = {"controller": sa.FixedStep(), "dt": 0.05}
+
+
+def problem(lab, n=N, **given):
+    """A stiff nonlinear chain in which nothing is symmetric."""
+    concat = lab.xp.concatenate if lab.name == "numpy" else lab.xp.concat
+    zero = lab.array([0.0])
+
+    def f(t, u, p):
+        left, right = concat([zero, u[:-1]]), concat([u[1:], zero])
+        return p[0] * (1.2 * left - 2.0 * u + 0.8 * right) - p[1] * u**3 + lab.xp.sin(u * left)
+
+    return sa.ODEProblem(f, lab.array(1.0 + 0.3 * np.cos(np.arange(n))), (0.0, 0.1), lab.array([25.0, 0.6]), **given)
+
+
+def pattern(n=N):
+    return sp.diags_array([np.ones(n - 1), np.ones(n), np.ones(n - 1)], offsets=[-1, 0, 1])
+
+
+def gradient(lab, prob, method, **options):
+    w = lab.array(np.sin(1.0 + np.arange(prob.u0.shape[0])))
+    r = sa.gradient(prob, method, lambda sol: lab.xp.sum(w * sol.u[-1] ** 2), **{**FIXED, **options})
+    return np.concatenate([lab.numpy(r.p), lab.numpy(r.u0)]), r
+
+
+class Own:
+    """Factors of one's own, in any framework; `wrong` is added to every answer."""
+
+    def __init__(self, lab, wrong=0.0):
+        self.lab, self.wrong, self.seen = lab, wrong, []
+
+    def factor(self, A):
+        self.seen.append(type(A))
+        if sp.issparse(A):
+            lu = splu(A)
+            return lambda b, transposed: lu.solve(b, "T" if transposed else "N") + self.wrong
+        solve = self.lab.xp.linalg.solve
+        return lambda b, transposed: solve(A.T if transposed else A, b) + self.wrong
+
+
+@pytest.mark.parametrize("method", [sa.Kvaerno3, sa.Rodas5P], ids=lambda m: m.__name__)
+def test_without_a_matrix(lab, method):
+    """The gradient through GMRES, forwards and transposed, is the one through LU; there are no matrices to count."""
+    want, dense = gradient(lab, problem(lab), method())
+    got, r = gradient(lab, problem(lab), method(linear_solver="krylov"))
+    # Equations are solved to 1e-12. A Rosenbrock step multiplies slopes by numbers up to 165, and takes differences for
+    # f_u v on NumPy and for second derivatives on NumPy and PyTorch.
+    tol = 1e-11 if method is sa.Kvaerno3 else 1e-10 if lab.name == "jax" else 1e-8
+    np.testing.assert_allclose(got, want, rtol=tol, atol=tol * np.max(np.abs(want)))
+    assert (r.stats.njac, r.stats.nlu) == (0, 0)
+    assert dense.stats.nlu > 0
+    assert r.stats.nsolve >= 2 * (4 if method is sa.Kvaerno3 else 8)
+    assert repr(r.solution.alg) == f"{method.__name__}(linear_solver='krylov')"
+
+
+def test_adaptive_steps_without_a_matrix(lab):
+    """Inexact corrections leave the steps what they are."""
+    options = {"controller": None, "dt": None, "rtol": 1e-5, "atol": 1e-8}
+    want, dense = gradient(lab, problem(lab), sa.Kvaerno3(), **options)
+    got, r = gradient(lab, problem(lab), sa.Kvaerno3("krylov"), **options)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.max(np.abs(want)))
+    assert abs(r.stats.naccept - dense.stats.naccept) <= 1
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["array", "pattern"])
+def test_ones_own(lab, known):
+    """It gets SciPy matrices where the pattern is known, but arrays on JAX, and serves the reverse sweep too."""
+    own = Own(lab)
+    given = {"jac_sparsity": pattern()} if known else {}
+    want, _ = gradient(lab, problem(lab), sa.Kvaerno3())
+    got, _ = gradient(lab, problem(lab, **given), sa.Kvaerno3(own))
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12 * np.max(np.abs(want)))
+    assert own.seen
+    assert all(issubclass(kind, sp.sparray) == (known and lab.name != "jax") for kind in own.seen)
+
+
+def test_wrong_answers_are_found_out(lab):
+    with pytest.raises(sa.SolveError, match="Newton"):
+        gradient(lab, problem(lab), sa.Kvaerno3(Own(lab, wrong=1e-3)))
+
+
+def test_gmres_that_fails_in_the_reverse_sweep_is_no_gradient(numpy_lab, monkeypatch):
+    gmres = matrices.gmres
+    monkeypatch.setattr(matrices, "gmres", lambda be, apply, b, rtol: gmres(be, apply, b, rtol) * (rtol > 1e-6))
+    with pytest.raises(sa.SolveError, match="linear equation of the reverse sweep") as e:
+        gradient(numpy_lab, problem(numpy_lab), sa.Kvaerno3("krylov"))
+    assert e.value.retcode == sa.RetCode.NewtonFailure
+
+
+def test_dense_although_a_band_is_known(lab):
+    want, _ = gradient(lab, problem(lab), sa.Kvaerno3())
+    got, r = gradient(lab, problem(lab, jac_sparsity=pattern()), sa.Kvaerno3("dense"))
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12 * np.max(np.abs(want)))
+    assert r.stats.nlu > 0
+
+
+def test_large_systems_go_without_a_matrix():
+    """Beyond 2000 unknowns, where nothing is known of f_u but products."""
+    n = 2001
+
+    def f(t, u, p):
+        return -p * u**2
+
+    prob = sa.ODEProblem(f, np.linspace(0.5, 1.5, n), (0.0, 1.0), np.array(2.0),
+                         vjp=lambda t, u, p, lam: (-2.0 * p * u * lam, -np.sum(lam * u**2)),
+                         jvp=lambda t, u, p, du, dp: -2.0 * p * u * du - u**2 * dp)
+    r = sa.gradient(prob, sa.Kvaerno3(), lambda sol: np.sum(sol.u[-1]), dloss=lambda sol: np.ones_like(sol.u))
+    assert r.stats.nlu == 0
+    u = prob.u0 / (1.0 + 2.0 * prob.u0)
+    np.testing.assert_allclose(r.solution.u[-1], u, rtol=1e-5)
+    np.testing.assert_allclose(r.u0, (u / prob.u0) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(r.p, -np.sum(u**2), rtol=1e-4)
+
+
+def test_steady_states_with_ones_own(lab):
+    own, A = Own(lab), lab.array([[-3.0, 0.5], [0.2, -2.0]])
+    prob = sa.SteadyStateProblem(lambda t, u, p: p + A @ u - u**3, lab.array([0.3, 0.2]), lab.array([1.0, 2.0]))
+    want, got = (sa.gradient(prob, sa.Newton(s), lambda sol: sol.u[0, 0] ** 2, sensealg=sa.ImplicitAdjoint(s), wrt="p")
+                 for s in ("dense", own))
+    np.testing.assert_allclose(lab.numpy(got.p), lab.numpy(want.p), rtol=1e-12)
+    assert own.seen
+
+
+@pytest.mark.parametrize("choice", ["lu", 3, sp])
+def test_there_is_no_such_solver(choice):
+    with pytest.raises(sa.InputError, match=r"factor\(A\)"):
+        sa.Kvaerno5(linear_solver=choice)
+
+
+def test_what_does_not_fit(lab):
+    prob = problem(lab)
+    with pytest.raises(sa.UnsupportedCombination, match="where f_u is zero"):
+        sa.solve(prob, sa.Kvaerno5("sparse"))
+    with pytest.raises(sa.UnsupportedCombination, match="mass matrix"):
+        sa.solve(prob.remake(mass_matrix=np.diag([1.0] * (N - 1) + [0.0])), sa.Kvaerno5("krylov"))
+    if not lab.be.sparse_lu:
+        with pytest.raises(sa.UnsupportedCombination, match="narrow"):
+            sa.solve(problem(lab, 40, jac_sparsity=np.ones((40, 40))), sa.Kvaerno5("sparse"))
+
+
+def test_solvers_are_hashed():
+    class Unhashable(Own):
+        __hash__ = None
+
+    with pytest.raises(sa.InputError, match="hash"):
+        sa.Kvaerno5(Unhashable(None))
