@@ -222,7 +222,8 @@ class Delays:
 
 @dataclass(frozen=True)
 class StageField:
-    """`f` at one stage as a function of `z = (u, v_1, ..., v_k)`, padded with zeros to the length of `z`.
+    """`f` at one stage as a function of `z = (u, v_1, ..., v_k)`, padded with zeros to the length of `z`; or, where
+    the past is not `moving`, of the state alone.
 
     The rest of the `Past` is passed in the inputs' constants.
     """
@@ -232,15 +233,17 @@ class StageField:
     state: Layout
     p: Partition
     count: int
+    moving: bool = True
 
     def argument(self, be: Any, t: Any) -> Any:
         """The first argument of the bound function at time `t`."""
         return be.time(t)
 
     @classmethod
-    def of(cls, run: Any) -> StageField:
+    def of(cls, run: Any, moving: bool = True) -> StageField:
         layout, k = run.field.u, run.kind.count
-        return cls(run.field.f, Layout(None, ((layout.size * (1 + k),),)), layout, run.field.p, k)
+        flat = Layout(None, ((layout.size * (1 + k if moving else 1),),))
+        return cls(run.field.f, flat, layout, run.field.p, k, moving)
 
     def serve(self, be: Any, theta: tuple[Array, ...],
               constants: tuple[Any, ...]) -> Callable[[Any, Array, Past], Array]:
@@ -256,22 +259,29 @@ class StageField:
 
     def bind(self, be: Any, theta: tuple[Array, ...], constants: tuple[Any, ...]) -> Callable[[Any, Array], Array]:
         n, k = self.state.size, self.count
-        cut = len(constants) - 3 * k - 2
+        cut = len(constants) - 3 * k - 2 - (0 if self.moving else k)
         rest = constants[cut:]
         rhs = self.serve(be, theta, constants[:cut])
 
+        def past(values: list[Any]) -> Past:
+            return Past(None, list(rest[:k]), values, list(rest[k:2 * k]), list(rest[2 * k:3 * k]),
+                        *rest[3 * k:3 * k + 2])
+
+        if not self.moving:
+            return lambda t, u: rhs(t, u, past(list(rest[3 * k + 2:])))
+
         def padded(t: Any, z: Array) -> Array:
             values = [z[n * (i + 1):n * (i + 2)] for i in range(k)]
-            past = Past(None, list(rest[:k]), values, list(rest[k:2 * k]), list(rest[2 * k:3 * k]), *rest[3 * k:])
-            return be.xp.concat([rhs(t, z[:n], past), 0.0 * z[n:]])
+            return be.xp.concat([rhs(t, z[:n], past(values)), 0.0 * z[n:]])
 
         return padded
 
 
-def stage_inputs(be: Any, x: Inputs, u: Array, past: Past) -> Inputs:
+def stage_inputs(be: Any, x: Inputs, u: Array, past: Past, moving: bool = True) -> Inputs:
     """Inputs of `StageField`."""
-    z = be.xp.concat([u, *past.values])
-    return x._replace(u0=z, constants=(*x.constants, *past.times, *past.slopes, *past.old, past.far, past.near))
+    z = be.xp.concat([u, *past.values]) if moving else u
+    held = () if moving else past.values
+    return x._replace(u0=z, constants=(*x.constants, *past.times, *past.slopes, *past.old, past.far, past.near, *held))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from .backend import Array
 from .delay import Delayed, DelayedModule, Delays, Lags, Past, Setting, StateLags
 from .errors import CapturedValueError, InputError, SignatureError, TimesError, UnsupportedCombination
 from .kinds import Ordinary, Start
-from .methods import RungeKutta
 from .system import Layout
 from .userfunction import location, signed
 
@@ -44,9 +43,10 @@ def opened(be: Any, prob: Any, layout: Layout, t0: Any, u0: Array, p: Any, metho
     """
     _check_signature(prob.f, "f", "f(t, u, h, p)", 4)
     _check_signature(prob.history, "history", "history(t, p)", 2)
-    if not isinstance(method, RungeKutta):
+    if not method.one_step:
         raise UnsupportedCombination(f"{method.name} does not go with a DDEProblem",
-                                     "stages look up the dense output of earlier explicit steps", "sa.Tsit5()")
+                                     "stages look up the dense output of earlier steps, which it does not hand out",
+                                     "sa.Tsit5(), or sa.Kvaerno5() for a stiff equation")
     if events is not None:
         raise UnsupportedCombination("events do not go with a DDEProblem", "an event would be a break point, which is "
                                      "not tracked", "split the solve at known times with remake")

@@ -1,9 +1,10 @@
-"""The method of steps: explicit Runge-Kutta steps that look up their own past.
+"""The method of steps: one-step methods that look up their own past.
 
 Break points. At t0 the solution has a jump or a kink; it returns, smoother by one order each time, at
 `xi = t0 + sum_i n_i tau_i` (Bellen and Zennaro 2003, section 2.2). All of them up to order q + 1, as far as a method
-of order q sees them, are mesh points. A stage looks at the piece of the past that the middle of its step points to,
-so that on a break point each of the two steps that meet there sees its own side.
+of order q sees them, are mesh points. A stage looks at the piece of the past that the inside of its step points to,
+so that on a break point each of the two steps that meet there sees its own side. No step is longer than a lag: what a
+stage finds does not depend on its own step, and the Jacobian of implicit stages is `f_u` at a given past.
 
 Mesh points move: between neighbouring break points `t_n = xi_j + theta_n (xi_{j+1} - xi_j)` with `theta_n` what step
 control made it, a constant. So the break points are differentiable functions of t0, t1 and the lags.
@@ -17,15 +18,15 @@ from typing import Any, NamedTuple
 
 from .algorithms.base import Aux, Outputs, Solved, save_times
 from .backend import Array, Record, Scalar
-from .delay import Past, StageField
-from .explicit import Explicit, step
+from .delay import Past, StageField, stage_inputs
 from .integrate import Run, Span, initial_step, span
 from .integrate import State as LoopState
+from .jacobian import Jacobian, differences
 from .retcode import RetCode
 from .stepper import Stepper
 from .system import Inputs
 
-# By how much of a step a delayed time is moved towards the middle of its step before its piece is looked up.
+# How much of a step, at either end, is not used when the pieces of the past are looked up.
 TOWARDS = 1e-3
 
 
@@ -79,13 +80,33 @@ def break_points(run: Run, x: Inputs, tau: Any, s: Span) -> Breaks:
     return Breaks(be.scalars(xp.take(times, order, axis=0)), xp.take(rows, order, axis=0), near)
 
 
-def look(be: Any, interpolate: Callable, slope: Callable | None, log: Any, t: Scalar, middle: Scalar, lag: Scalar,
-         t0: Scalar, like: Array) -> Looked:
-    """The past of a stage at `t`, in a step with this `middle`, one lag back."""
-    s = t - lag
-    inwards = s + TOWARDS * (middle - t)
-    old = inwards < t0
+class Inside(NamedTuple):
+    """Two times near the ends of a step, between which all its stages look at the past: so each of the two steps that
+    meet at a break point sees its own side."""
 
+    low: Scalar
+    high: Scalar
+
+    def shifted(self, lag: Scalar) -> Inside:
+        return Inside(self.low + lag, self.high + lag)
+
+
+def inside(t: Scalar, h: Scalar) -> Inside:
+    """A step from `t` to `t + h`, `h > 0`."""
+    return Inside(t + TOWARDS * h, t + (1.0 - TOWARDS) * h)
+
+
+def look(be: Any, interpolate: Callable, slope: Callable | None, log: Any, t: Scalar, step: Inside, lag: Scalar,
+         t0: Scalar, like: Array) -> Looked:
+    """The past of a stage at `t` of a step, one lag back."""
+    s = t - lag
+    inwards = be.least(be.greatest(t, step.low), step.high) - lag
+    return found(be, interpolate, slope, log, s, inwards, inwards < t0, like)
+
+
+def found(be: Any, interpolate: Callable, slope: Callable | None, log: Any, s: Scalar, inwards: Scalar, old: Any,
+          like: Array) -> Looked:
+    """The past at time `s` in the step that holds the time `inwards`, unless it is `old`."""
     def nothing() -> tuple[Any, Array, Array]:
         return be.least(0, 0), 0.0 * like, 0.0 * like
 
@@ -104,19 +125,12 @@ def past_of(looked: list[Looked], far: Scalar, near: Scalar) -> Past:
                 [v.old for v in looked], far, near)
 
 
-def stepper_of(run: Run) -> Explicit:
-    """The method with its dense output; the vector field comes with each step."""
-    stepper = run.method.bind(run.be, None, True)
-    assert isinstance(stepper, Explicit)
-    return stepper
-
-
 class Equation:
     """A delay equation as the step loop takes it."""
 
     def __init__(self, run: Run, x: Inputs, tau: Any, s: Span, breaks: Breaks) -> None:
         self.run, self.x, self.tau, self.span, self.breaks = run, x, tau, s, breaks
-        self.stepper, self.count = stepper_of(run), run.kind.count
+        self.count = run.kind.count
         self.u0, self.atol, self.norm = x.u0, x.atol, run.norm or run.be.rms
         self.first_step: Any = None
         be = run.be
@@ -128,22 +142,48 @@ class Equation:
         largest = be.greatest(be.greatest(abs(s.t0), abs(s.t1)), abs(self.far))
         self.near = 64.0 * run.kind.setting.eps * largest
         self.rhs = StageField.of(run).serve(be, x.theta, x.constants)
+        # Output, costs and coefficients do not depend on the vector field.
+        self.stepper = run.method.bind(be, self.first, True)
 
     def values(self, record: Record, ts: Any) -> Array:
         """The state inside a step."""
         return self.stepper.interpolate(record, ts)
 
-    def derivative(self, log: Any, middle: Scalar) -> Callable[[Any, Array], Array]:
-        """`rhs(t, u)` for the stages of a step with this middle."""
+    def looked(self, log: Any, step: Any, t: Any, u: Array, slope: Callable | None = None) -> list[Looked]:
+        """The past of a stage of a step."""
         be = self.run.be
+        now = be.scalar(t)
+        return [look(be, self.values, slope, log, now, step, self.tau[i], self.span.t0, u) for i in range(self.count)]
 
-        def at(t: Any, u: Array) -> Array:
-            now = be.scalar(t)
-            looked = [look(be, self.values, None, log, now, middle, self.tau[i], self.span.t0, u)
-                      for i in range(self.count)]
-            return self.rhs(t, u, past_of(looked, self.far, self.near))
+    def derivative(self, log: Any, step: Any) -> Callable[[Any, Array], Array]:
+        """`rhs(t, u)` for the stages of a step."""
+        return lambda t, u: self.rhs(t, u, past_of(self.looked(log, step, t, u), self.far, self.near))
 
-        return at
+    def jacobian(self, log: Any, step: Any) -> Jacobian | None:
+        """`f_u` in a step, for methods that solve equations."""
+        run, be = self.run, self.run.be
+        if not run.method.implicit or run.vjp is None:
+            return None
+        field = run.kind.as_field(run, StageField.of(run, moving=False))
+
+        def exact(t: Any, u: Array) -> Array:
+            past = past_of(self.looked(log, step, t, u, self.stepper.slope), self.far, be.scalar(math.inf))
+            return run.vjp.jacobian(field, stage_inputs(be, self.x, u, past, moving=False))(t, u)
+
+        if not be.opaque and "reverse" in be.modes:
+            return Jacobian(exact, exact)
+        return Jacobian(differences(be, self.derivative(log, step), run.method.exact_jacobian), exact)
+
+    def bound(self, log: Any, step: Any) -> Stepper:
+        """The method for a step, or in one that was taken."""
+        return self.run.method.bind(self.run.be, self.derivative(log, step), True, self.jacobian(log, step))
+
+    def attempt(self, log: Any, step: Any, t: Scalar, h: Scalar, u: Array) -> tuple[Array, Array, Any]:
+        """A step with its stages, and how many iterations it took; its first slope is not that of the step before."""
+        stepper = self.bound(log, step)
+        if self.run.controller.adaptive:
+            stepper = stepper.within(self.x.rtol, self.atol, self.norm)
+        return stepper.attempt(t, h, u, stepper.first(self.run.be.time(t), u))
 
     def first(self, t: Any, u: Array) -> Array:
         """`rhs` near the start, with the history in place of all delayed states."""
@@ -157,6 +197,22 @@ class Equation:
         del log, t, h
         return u
 
+    def beside(self, t: Scalar, h: Scalar, evaluations: Any) -> Any:
+        """How often `f` is evaluated in an attempt beside the `evaluations` of the right-hand side."""
+        del t, h, evaluations
+        return 0
+
+    def evaluations(self, end: LoopState) -> Any:
+        """How often `f` was evaluated: a step that was tried begins with a slope of its own."""
+        attempts = end.accepted + end.rejected
+        again = self.stepper.fsal * (attempts - 1)
+        start = 0 if self.run.dt is not None or self.first_step is not None else 2
+        return self.stepper.evaluations(attempts, True) + again + end.iterations + start
+
+    def algebra(self, end: LoopState) -> tuple[Any, Any, Any]:
+        """Jacobians, factorisations and linear solves."""
+        return self.stepper.algebra(end.accepted + end.rejected, end.iterations, self.run.controller.adaptive)
+
 
 class State(Equation):
     """The state alone, along a log whose first `n` components it is."""
@@ -168,16 +224,20 @@ class State(Equation):
     def values(self, record: Record, ts: Any) -> Array:
         return self.stepper.interpolate(record, ts)[:, :self.n]
 
-    def past_at(self, log: Any, t: Scalar, middle: Scalar, slopes: bool) -> tuple[Array, Past]:
-        """The state at `t`, on the side of `middle`, and what `f` needs to know of the past; `slopes` by `f`."""
+    def past_at(self, log: Any, t: Scalar, step: Inside, slopes: bool) -> tuple[Array, Past]:
+        """The state at `t`, as seen inside a step, and what `f` needs to know of the past; `slopes` by `f`."""
         be = self.run.be
-        record = be.record(log, be.locate(log, t + TOWARDS * (middle - t)))
+        record = be.record(log, be.locate(log, be.least(be.greatest(t, step.low), step.high)))
         u = self.values(record, [t])[0, :]
-        looked = [look(be, self.values, None, log, t, middle, self.tau[i], self.span.t0, u)
-                  for i in range(self.count)]
+        looked = self.looked(log, step, t, u)
         if slopes:
             looked = [v._replace(slope=self.slope(log, v)) for v in looked]
         return u, past_of(looked, self.far, be.scalar(math.inf))
+
+    def known(self, step: Inside) -> Any:
+        """For how many lags a step looks at the solution, not at the history."""
+        be = self.run.be
+        return sum((be.choose(step.low - self.tau[i] < self.span.t0, 0, 1) for i in range(self.count)), 0)
 
     def slope(self, log: Any, found: Looked) -> Array:
         """`u'` at a delayed time after t0, by `f`."""
@@ -186,7 +246,7 @@ class State(Equation):
         def of_f() -> Array:
             record = be.record(log, found.index)
             at = be.choose(found.old, record.t, found.time)
-            return self.derivative(log, record.t + 0.5 * record.h)(be.time(at), found.value[:self.n])
+            return self.derivative(log, inside(record.t, record.h))(be.time(at), found.value[:self.n])
 
         return be.either(found.old, lambda: 0.0 * found.value[:self.n], of_f)
 
@@ -194,60 +254,66 @@ class State(Equation):
         """`u'` at an output; on a node, that of the step that ends there."""
         be = self.run.be
         record: Record = be.record(log, be.locate_end(log, t))
-        return self.derivative(log, record.t + 0.5 * record.h)(be.time(t), self.values(record, [t])[0, :])
+        return self.derivative(log, inside(record.t, record.h))(be.time(t), self.values(record, [t])[0, :])
 
 
-def march(eq: Equation) -> tuple[LoopState, Any]:
-    """Integrate from t0 to t1; returns the last state and all accepted steps."""
+def march(eq: Equation) -> tuple[LoopState, Any, Any]:
+    """Integrate from t0 to t1; returns the last state, all accepted steps, and how often `f` was evaluated beside the
+    right-hand side."""
     run, x, s, breaks, stepper, norm = eq.run, eq.x, eq.span, eq.breaks, eq.stepper, eq.norm
-    be, controller, tab = run.be, run.controller, stepper.tab
+    be, controller = run.be, run.controller
     most = eq.shortest if run.dtmax is None else be.least(eq.shortest, run.dtmax)
     length, eps = s.t1 - s.t0, be.eps(be.time_dtype(x.u0.dtype))
+    broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
     h: Any = eq.first_step if run.dt is None else run.dt
     if h is None:
         start = Starting(eq.first, stepper.order)
         h = initial_step(run, start, s, eq.u0, eq.first(be.time(s.t0), eq.u0), x.rtol, eq.atol, norm)
 
-    def advance(state: LoopState, log: Any) -> tuple[LoopState, Record, Any]:
+    def advance(loop: tuple[LoopState, Any], log: Any) -> tuple[tuple[LoopState, Any], Record, Any]:
+        state, more = loop
         target = breaks.times[be.following(breaks.times, state.t + breaks.near)]
         remaining = target - state.t
         wanted = be.least(abs(state.h), most)
         last = wanted * (1.0 + 1e-9) >= remaining
         h = be.choose(last, remaining, wanted)
         u0 = eq.enter(log, state.t, h, state.u)
-        u1, K = step(be, tab, eq.derivative(log, state.t + 0.5 * h), state.t, h, u0, None)
+        u1, K, spent = eq.attempt(log, inside(state.t, h), state.t, h, u0)
+        more = more + eq.beside(state.t, h, stepper.evaluations(1, True) + spent)
+        spent = state.iterations + spent
         record = Record(state.t, h, u0, K)
         if run.progress is not None:
             be.report(run.progress, (state.t - s.t0) / length, state.t)
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
-            return state._replace(t=t, u=u1, accepted=state.accepted + 1), record, True
+            return (state._replace(t=t, u=u1, accepted=state.accepted + 1, iterations=spent), more), record, True
         ratio = norm(be.scaled(stepper.error(state.t, h, u0, K), u0, u1, x.rtol, eq.atol))
-        keep, factor, memory = controller.propose(be, ratio, state.memory, stepper.order)
+        keep, factor, memory = controller.propose(be, ratio, state.memory, stepper.error_order)
         t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
         h_next = be.choose(last & keep, be.greatest(wanted, h * factor), h * factor)
         tiny = 16.0 * eps * be.greatest(abs(t), eps * length) if run.dtmin is None else run.dtmin
         stuck = (h_next < tiny) & (t != s.t1)
-        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)),
-                           state.status)
+        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), broken), state.status)
         new = LoopState(t, h_next, be.choose(keep, u1, state.u), None, memory, ratio,
-                    state.accepted + be.choose(keep, 1, 0), state.rejected + be.choose(keep, 0, 1), status)
-        return new, record, keep
+                        state.accepted + be.choose(keep, 1, 0), state.rejected + be.choose(keep, 0, 1), status,
+                        iterations=spent)
+        return (new, more), record, keep
 
-    def running(state: LoopState) -> Any:
+    def running(loop: tuple[LoopState, Any]) -> Any:
+        state, _ = loop
         return (state.t < s.t1) & (state.status == int(RetCode.Success))
 
     # A lag that is not a positive number could not be refused if it had no value when the solve was prepared.
     positive = be.isfinite(eq.shortest) & (eq.shortest > 0.0)
     status = be.choose(positive, int(RetCode.Success), int(RetCode.NonFinite))
     begin = LoopState(s.t0, h, eq.u0, None, controller.init(), 0.0, 0, 0, status)
-    like = Record(s.t0, s.t0, eq.u0, be.xp.stack([0.0 * eq.u0] * tab.stages))
-    end, log = be.unfold(advance, begin, running, run.max_steps, run.capacity, like)
+    like = Record(s.t0, s.t0, eq.u0, be.xp.stack([0.0 * eq.u0] * stepper.stages))
+    (end, more), log = be.unfold(advance, (begin, 0), running, run.max_steps, run.capacity, like)
     if not controller.adaptive:
-        bad = be.choose(be.isfinite(be.rms(end.u)), end.status, int(RetCode.NonFinite))
+        bad = be.choose(be.isfinite(be.rms(end.u)), end.status, broken)
         end = end._replace(status=bad)
     short = (end.t < s.t1) & (end.status == int(RetCode.Success))
-    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), log
+    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), log, more
 
 
 class Starting(Stepper):
@@ -263,7 +329,7 @@ def solve_forward(run: Run, x: Inputs) -> tuple[Outputs, Aux, Solved]:
     s = span(be, x.t0, x.t1)
     tau = run.kind.tau(be, run, x)
     eq = Equation(run, x, tau, s, break_points(run, x, tau, s))
-    end, log = march(eq)
+    end, log, _ = march(eq)
     stepper = eq.stepper
     if run.saves == "steps":
         u, ts = be.nodes(log, end.u, end.t)
@@ -276,7 +342,6 @@ def solve_forward(run: Run, x: Inputs) -> tuple[Outputs, Aux, Solved]:
     if run.dense:
         times, sizes, nodes, stages = be.stacked(log)
         mesh = (times, sizes)
-    attempts = end.accepted + end.rejected
-    nfe = stepper.tab.stages * attempts + (0 if run.dt is not None else 2)
-    aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, eq.evaluations(end), end.status, end.ratio, end.h, mesh, None,
+              eq.algebra(end))
     return Outputs(u, nodes, stages), aux, Solved(x, log, end)

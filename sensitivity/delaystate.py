@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from .algorithms.base import Aux, Outputs, Solved, save_times
 from .backend import Array, Record, Scalar
-from .delaysolve import Breaks, Equation, Looked, Starting, past_of
+from .delay import Past
+from .delaysolve import Breaks, Equation, Looked, Starting, found
 from .errors import UnsupportedCombination
-from .explicit import step
 from .integrate import Run, State, initial_step, span
 from .retcode import RetCode
 from .system import Inputs
@@ -57,6 +57,7 @@ class Walk(NamedTuple):
     g_high: Scalar
     end: Scalar
     crossings: Crossings
+    iterations: Any = 0
 
 
 class Side(NamedTuple):
@@ -108,46 +109,27 @@ class Dependent(Equation):
             out.append(Side(be.scalar(before), be.scalar(c.times[n]), be.scalar(n) < 0.5))
         return out
 
-    def look(self, log: Any, side: Side, s: Scalar, slope: Callable | None, like: Array) -> Looked:
-        """The past at time `s`, on one side of the break points."""
-        be = self.run.be
-
-        def nothing() -> tuple[Any, Array, Array]:
-            return be.least(0, 0), 0.0 * like, 0.0 * like
-
-        def seek() -> tuple[Any, Array, Array]:
-            index = be.locate(log, be.least(be.greatest(s, side.low + self.close), side.high - self.close))
-            record = be.record(log, index)
-            at = [be.choose(side.old, record.t, s)]
-            value = self.values(record, at)[0, :]
-            return index, value, 0.0 * value if slope is None else slope(record, at)[0, :]
-
-        return Looked(s, side.old, *be.either(side.old, nothing, seek))
-
-    def along(self, log: Any, sides: list[Side]) -> Callable[[Any, Array], Array]:
-        """`rhs(t, u)` for the stages of a step."""
-        be = self.run.be
-
-        def at(t: Any, u: Array) -> Array:
-            arguments = self.arguments(be.scalar(t), u)
-            looked = [self.look(log, side, s, None, u) for side, s in zip(sides, arguments, strict=True)]
-            return self.rhs(t, u, past_of(looked, self.far, self.near))
-
-        return at
+    def looked(self, log: Any, step: Any, t: Any, u: Array, slope: Callable | None = None) -> list[Looked]:
+        """The past of a stage of a step, whose lags look at these `Side`s."""
+        be, out = self.run.be, []
+        for side, s in zip(step, self.arguments(be.scalar(t), u), strict=True):
+            inwards = be.least(be.greatest(s, side.low + self.close), side.high - self.close)
+            out.append(found(be, self.values, slope, log, s, inwards, side.old, u))
+        return out
 
     def first(self, t: Any, u: Array) -> Array:
-        be = self.run.be
-        side = Side(self.span.t0, self.span.t0, be.truth(True))
-        looked = [Looked(s, side.old, 0, 0.0 * u, 0.0 * u) for s in self.arguments(be.scalar(t), u)]
-        return self.rhs(t, u, past_of(looked, self.far, self.near))
+        be, zeros = self.run.be, [0.0 * u] * self.count
+        times = self.arguments(be.scalar(t), u)
+        return self.rhs(t, u, Past(None, times, zeros, zeros, [be.truth(True)] * self.count, self.far, self.near))
 
 
 def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
     """Integrate from t0 to t1; returns the last state, all accepted steps and the break points."""
     run, x, s, stepper, norm = eq.run, eq.x, eq.span, eq.stepper, eq.norm
-    be, xp, controller, tab = run.be, run.be.xp, run.controller, stepper.tab
+    be, xp, controller = run.be, run.be.xp, run.controller
     length, eps = s.t1 - s.t0, be.eps(be.time_dtype(x.u0.dtype))
-    seen = tab.order
+    seen = stepper.order
+    broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
     h: Any = run.dt
     if h is None:
         h = initial_step(run, Starting(eq.first, stepper.order), s, eq.u0, eq.first(be.time(s.t0), eq.u0), x.rtol,
@@ -165,7 +147,7 @@ def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
         wanted = be.choose(searching, w.h, be.least(w.h, most))
         last = wanted * (1.0 + 1e-9) >= remaining
         h = be.choose(last, remaining, wanted)
-        u1, K = step(be, tab, eq.along(log, sides), w.t, h, w.u, None)
+        u1, K, spent = eq.attempt(log, sides, w.t, h, w.u)
         record = Record(w.t, h, w.u, K)
         t1 = be.choose(last, s.t1, w.t + h)
         ends = eq.arguments(t1, u1)
@@ -186,7 +168,7 @@ def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
         good, factor, memory = be.truth(True), 1.0, w.memory
         if controller.adaptive:
             ratio = norm(be.scaled(stepper.error(w.t, h, w.u, K), w.u, u1, x.rtol, eq.atol))
-            good, factor, memory = controller.propose(be, ratio, w.memory, stepper.order)
+            good, factor, memory = controller.propose(be, ratio, w.memory, stepper.error_order)
         good = good & (overlap == be.truth(False))
         beyond = good & (g > 0.0) & (abs(g) > eq.close)
         # A search ends where no smaller bracket can be had.
@@ -210,13 +192,14 @@ def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
         high = be.choose(open_, high, 0.0)
         tiny = 16.0 * eps * be.greatest(abs(w.t), eps * length) if run.dtmin is None else run.dtmin
         stuck = (h_next < tiny) & (t1 < s.t1)
-        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), int(RetCode.NonFinite)), w.status)
+        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), broken), w.status)
         t, u = be.choose(keep, (t1, u1), (w.t, w.u))
         c = _landed(eq, w.crossings, landed, which, w.t, t1, seen)
         if run.progress is not None:
             be.report(run.progress, (w.t - s.t0) / length, w.t)
         return Walk(t, h_next, u, memory, ratio, w.accepted + be.choose(keep, 1, 0),
-                    w.rejected + be.choose(keep, 0, 1), status, low, g_low, high, g_high, newer, c), record, keep
+                    w.rejected + be.choose(keep, 0, 1), status, low, g_low, high, g_high, newer, c,
+                    w.iterations + spent), record, keep
 
     def running(w: Walk) -> Any:
         return (w.t < s.t1) & (w.status == int(RetCode.Success))
@@ -224,12 +207,13 @@ def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
     positive = be.isfinite(eq.shortest) & (eq.shortest > 0.0)
     status = be.choose(positive, int(RetCode.Success), int(RetCode.NonFinite))
     begin = Walk(s.t0, h, eq.u0, controller.init(), 0.0, 0, 0, status, 0.0, 0.0, 0.0, 0.0, 0.0, eq.none_yet())
-    like = Record(s.t0, s.t0, eq.u0, xp.stack([0.0 * eq.u0] * tab.stages))
+    like = Record(s.t0, s.t0, eq.u0, xp.stack([0.0 * eq.u0] * stepper.stages))
     end, log = be.unfold(advance, begin, running, run.max_steps, run.capacity, like)
     finite = be.isfinite(be.rms(end.u))
-    status = be.choose(finite, end.status, int(RetCode.NonFinite))
+    status = be.choose(finite, end.status, broken)
     status = be.choose((end.t < s.t1) & (status == int(RetCode.Success)), int(RetCode.MaxSteps), status)
-    last = State(end.t, end.h, end.u, None, end.memory, end.ratio, end.accepted, end.rejected, status)
+    last = State(end.t, end.h, end.u, None, end.memory, end.ratio, end.accepted, end.rejected, status,
+                 iterations=end.iterations)
     return last, log, end.crossings
 
 
@@ -273,6 +257,6 @@ def solve_dependent(run: Run, x: Inputs) -> tuple[Outputs, Aux, Solved]:
     if run.dense:
         times, sizes, nodes, stages = be.stacked(log)
         mesh = (times, sizes)
-    nfe = eq.stepper.tab.stages * (end.accepted + end.rejected) + (0 if run.dt is not None else 2)
-    aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh)
+    aux = Aux(ts, end.t, end.accepted, end.rejected, eq.evaluations(end), end.status, end.ratio, end.h, mesh, None,
+              eq.algebra(end))
     return Outputs(u, nodes, stages), aux, Solved(x, (log, crossings), end)

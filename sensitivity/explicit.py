@@ -53,8 +53,8 @@ class Explicit(Stepper):
         return transpose(self.be, self.tab, time)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
-        return step_vjp(self.be, self.tab, pull, record, out, last, time, state)
+            state: Adjoint, add: Any = None) -> Adjoint:
+        return step_vjp(self.be, self.tab, pull, record, out, last, time, state, add=add)
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:
@@ -76,6 +76,11 @@ def _column(tab: Tableau, j: int, order: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(tab.a[i][j] if j < len(tab.a[i]) else 0.0 for i in order)
 
 
+def adding(be: Any) -> Any:
+    """`add` of `Stepper.vjp` for plain parameters."""
+    return lambda total, theta_bar, t, u: be.add(total, theta_bar)
+
+
 @cache
 def ones(count: int) -> tuple[float, ...]:
     # Backends may remember a matrix for each tuple of weights, so one tuple serves all steps.
@@ -94,12 +99,13 @@ def step(be: Any, tab: Tableau, rhs: Any, t: Scalar, h: Scalar, u: Array, k: Arr
 
 
 def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-             state: Adjoint, solver: Any = None, times: Any = None) -> Adjoint:
+             state: Adjoint, solver: Any = None, times: Any = None, add: Any = None) -> Adjoint:
     """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`, `times` as in `step`.
 
     With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
-    `solver(t, u, h)` solves the linear equation of one stage.
+    `solver(t, u, h)` solves the linear equation of one stage; `add` as in `Stepper.vjp`.
     """
+    add = add or adding(be)
     t, h, u, K = record
     lam, stages_out = state.lam, None if out is None else out.k
     inputs = be.inputs(tab.inner, u, h, K)
@@ -116,7 +122,7 @@ def step_vjp(be: Any, tab: Tableau, pull: Any, record: Record, out: Contribution
         y, theta_bar, t_bar = pull(time_i, u_i, v)
         if time:
             moved, stretched = moved + t_bar, stretched + c_i * t_bar
-        return (be.add(theta, theta_bar), moved, stretched), y
+        return (add(theta, theta_bar, time_i, u_i), moved, stretched), y
 
     xs = tuple(be.permuted(x, order) for x in (times, tab.c, inputs))
     (theta, moved, stretched), Y = be.recursion(

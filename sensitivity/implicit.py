@@ -178,8 +178,8 @@ class Implicit(Solving):
         return self.system(t, u, h * self.tab.gamma, exact=True)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
-        return step_vjp(self.be, self.tab, pull, record, out, last, time, state, self._linear)
+            state: Adjoint, add: Any = None) -> Adjoint:
+        return step_vjp(self.be, self.tab, pull, record, out, last, time, state, self._linear, add=add)
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from .backend import Array, Contribution, Record, Scalar
-from .explicit import ones
+from .explicit import adding, ones
 from .implicit import Solving, relative
 from .interpolate import interpolant, slope, transpose
 from .jacobian import Jacobian, usable
@@ -174,9 +174,10 @@ class Rosenbrock(Solving):
         return self.be.kept(K) or self.system(t, u, h * self.tab.gamma, exact=True)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
+            state: Adjoint, add: Any = None) -> Adjoint:
         be, tab = self.be, self.tab
         t, h, u, K = record
+        add = add or adding(be)
         start, order = be.time(t), tuple(range(tab.stages - 1, -1, -1))
         solve = self._solver(start, u, h, K)
         base = be.seeds(tab.b, h, state.lam, None if out is None else out.k, None)
@@ -187,7 +188,7 @@ class Rosenbrock(Solving):
             time_i, c_i, u_i, move_i, i, k_i, column, row_i = x
             w = tab.gamma * solve(v + self._weighed_back(column @ handed), transposed=True)
             y, theta_bar, t_bar = pull(time_i, u_i, w)
-            theta = be.add(theta, theta_bar)
+            theta = add(theta, theta_bar, time_i, u_i)
             if time:
                 moved = moved + t_bar
                 bend = self._weighed(k_i / tab.gamma - row_i @ K) - self.rhs(time_i, u_i)
@@ -201,7 +202,7 @@ class Rosenbrock(Solving):
               *(be.permuted_rows(x, order) for x in rows))
         (theta, moved, stretched, handed), Y = be.recursion(
             tab.backward, be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0, zero))
-        lam, theta, moved = self._second(pull, start, h, u, K, handed, (state.lam, theta, moved))
+        lam, theta, moved = self._second(pull, start, h, u, K, handed, (state.lam, theta, moved), add)
         h_bar = state.h
         if time:
             change = be.dot(state.lam, be.combine(None, 1.0, tab.b, K)) + stretched
@@ -213,7 +214,8 @@ class Rosenbrock(Solving):
             lam = lam + out.u
         return Adjoint(lam, None, theta, moved, h_bar)
 
-    def _second(self, pull: Any, start: Any, h: Scalar, u: Array, K: Array, W: Array, state: tuple) -> tuple:
+    def _second(self, pull: Any, start: Any, h: Scalar, u: Array, K: Array, W: Array, state: tuple,
+                add: Any) -> tuple:
         """`state`, the cotangents of u, of the parameters and of t, with `h sum_i d/de (f_u, f_p, f_t)^T w_i` added."""
         be, n = self.be, u.shape[0]
         d = be.vector(self.tab.d, u)
@@ -221,7 +223,7 @@ class Rosenbrock(Solving):
             d, K, W = W.T @ d, W.T @ K, be.unit_rows(n, n, 0, u)
         speed = relative(be, be.xp.reshape(K, (-1,)), u)
 
-        def add(state: tuple, x: tuple) -> tuple[tuple, int]:
+        def along(state: tuple, x: tuple) -> tuple[tuple, int]:
             lam, theta, moved = state
             d_i, k_i, w = x
 
@@ -230,10 +232,10 @@ class Rosenbrock(Solving):
                 return u_bar, *theta_bar, t_bar
 
             u_bar, *theta_bar, t_bar = be.directional(flat, relative(be, k_i, u) + 1e-3 * speed)
-            theta = be.add(theta, tuple(h * v for v in theta_bar))
+            theta = add(theta, tuple(h * v for v in theta_bar), start, u)
             return (lam + h * u_bar, theta, moved + h * t_bar), 0
 
-        return be.scan(add, state, (d, K, W))[0]
+        return be.scan(along, state, (d, K, W))[0]
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:

@@ -153,10 +153,11 @@ class Stepper:
         raise NotImplementedError
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
+            state: Adjoint, add: Any = None) -> Adjoint:
         """Pull cotangents across one step; `pull(t, u, ct) -> (ct_u, ct_theta, ct_t)`.
 
         With `time`, also the cotangents of `t0` (every node moves with it) and of the last step's size.
+        `add(sum, ct_theta, t, u)` takes up what a product at `(t, u)` gave; without it, tuples of arrays are added.
         """
         raise NotImplementedError
 

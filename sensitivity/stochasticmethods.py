@@ -65,7 +65,8 @@ class Driven(Explicit):
         return explicit.step(self.be, self.tab, self.rhs, t, h, u, k, self.drive(t))
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
+            state: Adjoint, add: Any = None) -> Adjoint:
+        del add
         if time:
             raise UnsupportedCombination(*undefined("time"))
         return explicit.step_vjp(self.be, self.tab, pull, record, out, last, time, state,
@@ -131,7 +132,8 @@ class Reversible(Driven):
         return self.be.xp.concat([y1 - (0.5 * h) * (a + b), z]), self._joined(a, b)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
+            state: Adjoint, add: Any = None) -> Adjoint:
+        del add
         if time:
             raise UnsupportedCombination(*undefined("time"))
         be = self.be

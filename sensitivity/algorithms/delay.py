@@ -1,19 +1,22 @@
 """Sensitivity algorithms for delay equations.
 
-The discrete adjoint differentiates the computed solution: explicit Runge-Kutta steps whose stages look up the dense
-output of earlier steps, on a mesh that moves with the break points,
+The discrete adjoint differentiates the computed solution: steps whose stages look up the dense output of earlier
+steps, on a mesh that moves with the break points,
 
     t_n = xi_j + theta_n (xi_{j+1} - xi_j),   xi_j = t0 + sum_i n_i tau_i   (or t1),
 
 with `theta_n`, the piece that each stage looks at, and the decisions of step control frozen. From the last step to
-the first, for stages i = s..1 and `rec` the cotangent that later look-ups and outputs left with the step:
+the first, for the stages i = s..1 of an explicit method and `rec` the cotangent that later look-ups and outputs left
+with the step:
 
     w_i = h (b_i lam + sum_{j>i} a_ji Y_j) + rec.K_i,   (Y_i, vbar_i, pbar, tbar_i) = (f_u, f_v, f_p, f_t)^T w_i,
     vbar_i goes through the dense output of the step looked at, into that step's `rec`,
     hbar = sum_i b_i k_i . lam + sum_i Y_i . sum_j a_ij k_j + sum_i c_i tbar_i + rec.h,   tbar = sum_i tbar_i + rec.t,
     lam <- lam + sum_i Y_i + rec.u,
 
-and `tbar`, `hbar` go through the mesh to t0, t1 and the lags. A lag enters `f` through the times at which it asks for
+and `tbar`, `hbar` go through the mesh to t0, t1 and the lags. Implicit and Rosenbrock stages have the transposes that
+they have for an ODE: a step never looks at itself, so that the matrix in their equations is `f_u` at a given past.
+In a Rosenbrock step the derivative in time moves the times looked at too. A lag enters `f` through the times at which it asks for
 the past, and the mesh through the break points; the second part is what an adjoint on a frozen mesh loses. At a break
 point where the solution's derivative jumps it is `lam . (f(xi-) - f(xi+)) dxi/dtau`, which no step size makes small.
 
@@ -24,14 +27,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
-from ..backend import Array, Record
+from ..backend import Array, Contribution, Record
 from ..delay import LagField, stage_inputs
-from ..delaysolve import Breaks, Looked, break_points, look, past_of, solve_forward, stepper_of
+from ..delaysolve import Breaks, Equation, Looked, break_points, inside, past_of, solve_forward
 from ..errors import TimesError, UnsupportedCombination
-from ..explicit import transposed
 from ..integrate import Run, Span, span
+from ..stepper import Adjoint
 from ..system import Inputs
 from . import base, discrete
 
@@ -59,17 +63,13 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, kind = run.be, run.kind
-        x, log, end = residuals
-        s = span(be, x.t0, x.t1)
-        tau = kind.tau(be, run, x)
-        breaks = break_points(run, x, tau, s)
-        params = "theta" in wanted and bool(x.theta)
+        x, log, end, s, tau, breaks, params = reopened(run, residuals, wanted)
         timed = base.times_wanted(wanted) or (params and kind.moving)
-        lam, pending, ts_bar = seeded(run, x, log, ct)
-        sweep = _Moving(run, x, log, breaks, s, tau, timed, params)
+        eq = Equation(run, x, tau, s, breaks)
+        lam, pending, ts_bar = seeded(eq, log, ct)
+        sweep = _Moving(eq, log, timed, params)
         theta = be.zeros(x.theta) if params else ()
         lam, theta, nodes_bar = be.collect(sweep.back, (lam, theta, be.blank(breaks.times)), log, pending)
-        nvjp = end.accepted * sweep.stepper.tab.stages
         t0_bar = t1_bar = 0.0
         if timed:
             moved = be.vector(nodes_bar, breaks.rows) @ breaks.rows
@@ -77,22 +77,41 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
             if params and kind.moving:
                 theta = be.add(theta, through_lags(run, x, moved[2:]))
             t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, end.status)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0, end.status)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
         raise UnsupportedCombination("forward mode was asked for", REVERSE_ONLY,
                                      "sensealg=ForwardSensitivity(), or reverse mode: sa.gradient, jax.grad")
 
 
-def seeded(run: Run, x: Inputs, log: Any, ct: base.Outputs) -> tuple[Array, Any, Any]:
+class Reopened(NamedTuple):
+    """What a forward solve left, with its span, lags and break points; `params`: whether parameters are wanted."""
+
+    x: Inputs
+    log: Any
+    end: Any
+    span: Span
+    tau: Any
+    breaks: Breaks
+    params: bool
+
+
+def reopened(run: Run, residuals: base.Solved, wanted: frozenset[str]) -> Reopened:
+    """The opening of every reverse pass with lags that do not depend on the state."""
+    x, log, end = residuals
+    s, tau = span(run.be, x.t0, x.t1), run.kind.tau(run.be, run, x)
+    return Reopened(x, log, end, s, tau, break_points(run, x, tau, s), "theta" in wanted and bool(x.theta))
+
+
+def seeded(eq: Equation, log: Any, ct: base.Outputs) -> tuple[Array, Any, Any]:
     """Cotangents of the outputs as those of the end state, of the steps, and of the save times."""
-    be = run.be
+    run, x, be = eq.run, eq.x, eq.run.be
     if run.saves is None:
         return ct.u[0, :], be.pending(log), None
     if run.saves == "steps":
         extra, lam = be.nodes_vjp(log, ct.u)
         return lam, be.pending(log, extra), None
-    transpose = stepper_of(run).interpolate_vjp(True)
+    transpose = eq.stepper.interpolate_vjp(True)
 
     def put(pending: Any, item: tuple) -> tuple[Any, Any]:
         t, row = item
@@ -100,109 +119,108 @@ def seeded(run: Run, x: Inputs, log: Any, ct: base.Outputs) -> tuple[Array, Any,
         out, (t_bar,) = transpose(be.record(log, index), [t], row[None, :])
         return be.deposit(pending, index, False, lambda: Record(-t_bar, out.h, out.u, out.k)), t_bar
 
-    pending, ts_bar = be.scan(put, be.pending(log), (base.save_times(run, x, span(be, x.t0, x.t1)), ct.u))
+    pending, ts_bar = be.scan(put, be.pending(log), (base.save_times(run, x, eq.span), ct.u))
     return 0.0 * x.u0, pending, ts_bar
 
 
 class Sweep:
-    """One step of the reverse pass; `where` tells how its stages look at the past."""
+    """One step of the reverse pass: the transpose of the method's step, with what its products say about the past
+    left with the steps that were looked at."""
 
-    def __init__(self, run: Run, x: Inputs, log: Any, s: Span, tau: Any, timed: bool, params: bool) -> None:
-        self.run, self.x, self.log, self.tau, self.n = run, x, log, tau, x.u0.shape[0]
+    def __init__(self, eq: Equation, log: Any, timed: bool, params: bool) -> None:
+        self.eq, self.run, self.x, self.log = eq, eq.run, eq.x, log
+        self.n, self.count = eq.x.u0.shape[0], eq.count
         self.timed, self.params = timed, params
-        self.stepper = stepper_of(run)
-        self.transpose = self.stepper.interpolate_vjp(True)
-        self.stages = run.kind.products(run, x)[0]
-        self.order = tuple(range(self.stepper.tab.stages - 1, -1, -1))
-        shortest = tau[0]
-        for i in range(1, run.kind.count):
-            shortest = run.be.least(shortest, tau[i])
-        self.t0, self.far = s.t0, s.t0 - shortest
-
-    def looked(self, time: Any, u: Array, where: Any) -> list[Looked]:
-        """The past of one stage."""
-        be = self.run.be
-        interpolate, slope, now = self.stepper.interpolate, self.stepper.slope, be.scalar(time)
-        return [look(be, interpolate, slope, self.log, now, where, self.tau[i], self.t0, u)
-                for i in range(self.run.kind.count)]
+        self.transpose = eq.stepper.interpolate_vjp(True)
+        self.stages = eq.run.kind.products(eq.run, eq.x)[0]
 
     def through(self, record: Record, ct: Record, lam: Array, theta: tuple, pending: Any,
-                where: Any) -> tuple[tuple, Array]:
-        """Pull `lam` through a step: `(theta, pending, cotangents of its stages' times and of its size)` and of its
-        start. With `pending` None, those of parameters and past are left out."""
-        be, tab = self.run.be, self.stepper.tab
-        t, h, u, K = record
-        dry = pending is None
+                step: Any) -> tuple[Adjoint, Any]:
+        """Pull `lam` through a step that looks at the past by `step`, its time and size included; and `pending`. With
+        `pending` None, parameters and past are left out."""
+        be, stepper = self.run.be, self.eq.bound(self.log, step)
+        still = pending is None
+        pull = partial(self.pulled, step, still)
+        add = (lambda total, *_: total) if still else partial(self.add, step)
+        start = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, (theta, pending), 0.0, 0.0)
+        bar = stepper.vjp(pull, record, Contribution(ct.u, ct.k, ct.h, ct.t), True, self.timed, start, add)
+        if bar.kappa is not None:
+            t = be.time(record.t)
+            u_bar, theta_bar, t_bar = pull(t, record.u, bar.kappa)
+            bar = bar._replace(lam=bar.lam + u_bar, theta=add(bar.theta, theta_bar, t, record.u), t0=bar.t0 + t_bar)
+        theta, pending = bar.theta
+        return bar._replace(theta=theta), pending
 
-        def row(carry: tuple, item: tuple, w: Array) -> tuple[tuple, Array]:
-            theta, pending, moved, stretched = carry
-            time, c, v = item
-            y, theta_bar, t_bar, pending = self.stage(time, v, w, where, pending, self.params and not dry)
-            return (theta if dry else be.add(theta, theta_bar), pending, moved + t_bar, stretched + c * t_bar), y
+    def pulled(self, step: Any, still: bool, t: Any, u: Array, w: Array) -> tuple[Array, tuple, Any]:
+        """Pull `w` through `f` at one stage: cotangents of state, parameters and time, and of the steps looked at,
+        four for each lag."""
+        be, n, k = self.run.be, self.n, self.count
+        looked = self.eq.looked(self.log, step, t, u, self.eq.stepper.slope)
+        inputs = stage_inputs(be, self.x, u, past_of(looked, self.eq.far, be.scalar(math.inf)))
+        pull = self.run.vjp.pullback(self.stages, inputs, time=self.timed, params=self.params and not still)
+        z_bar, theta_bar, t_bar = pull(t, inputs.u0, be.padded(w, n * (1 + k)))
+        if still:
+            return z_bar[:n], (), t_bar
+        left = [v for i, seen in enumerate(looked) for v in self.left(seen, z_bar[n * (i + 1):n * (i + 2)])]
+        return z_bar[:n], (*theta_bar, *left), t_bar
 
-        times, inputs = be.times(t, h, tab.c), be.inputs(tab.a, u, h, K)
-        rows = be.permuted_rows(be.seeds(tab.b, h, lam, ct.k, None), self.order)
-        xs = tuple(be.permuted(v, self.order) for v in (times, tab.c, inputs))
-        (theta, pending, moved, h_bar), Y = be.recursion(
-            transposed(tab, self.order), rows, h, xs, row, (theta, pending, 0.0, 0.0))
-        if self.timed:
-            moves = be.inputs(tab.a, 0.0 * u, 1.0, K)
-            h_bar = be.dot(lam, be.combine(None, 1.0, tab.b, K)) + h_bar + ct.h
-            for position, i in enumerate(self.order):
-                h_bar = h_bar + be.dot(Y[position, :], moves[i])
-        lam = lam + be.combine(ct.u, 1.0, (1.0,) * len(self.order), Y)
-        return (theta, pending, moved, h_bar), lam
-
-    def stage(self, time: Any, u: Array, w: Array, where: Any, pending: Any,
-              params: bool) -> tuple[Array, tuple, Any, Any]:
-        """Pull `w` through `f` at one stage: cotangents of state, parameters and time; those of the past are left with
-        the steps looked at."""
-        be, n, k = self.run.be, self.n, self.run.kind.count
-        looked = self.looked(time, u, where)
-        inputs = stage_inputs(be, self.x, u, past_of(looked, self.far, be.scalar(math.inf)))
-        pull = self.run.vjp.pullback(self.stages, inputs, time=self.timed, params=params)
-        z_bar, theta_bar, t_bar = pull(time, inputs.u0, be.padded(w, n * (1 + k)))
-        if pending is not None:
-            for i, found in enumerate(looked):
-                v_bar = z_bar[n * (i + 1):n * (i + 2)]
-                pending = be.deposit(pending, found.index, found.old,
-                                     lambda found=found, v_bar=v_bar: self.left(found, v_bar))
-        return z_bar[:n], theta_bar, t_bar, pending
-
-    def left(self, found: Any, v_bar: Array) -> Record:
+    def left(self, seen: Looked, v_bar: Array) -> Record:
         """The cotangent of a step whose dense output was looked up, at a time that `f` accounts for."""
-        record = self.run.be.record(self.log, found.index)
-        at = self.run.be.choose(found.old, record.t, found.time)
-        out, (t_bar,) = self.transpose(record, [at], v_bar[None, :])
-        return Record(-t_bar, out.h, out.u, out.k)
+        be = self.run.be
+        record = be.record(self.log, seen.index)
+
+        def none() -> Record:
+            return Record(0.0 * record.t, 0.0 * record.t, 0.0 * record.u, 0.0 * record.k)
+
+        def some() -> Record:
+            out, (t_bar,) = self.transpose(record, [be.choose(seen.old, record.t, seen.time)], v_bar[None, :])
+            return Record(-t_bar, out.h, out.u, out.k)
+
+        return be.either(seen.old, none, some)
+
+    def add(self, step: Any, total: tuple, bar: tuple, t: Any, u: Array) -> tuple:
+        """Sum up what `pulled` gave at `(t, u)`."""
+        be, (theta, pending) = self.run.be, total
+        m = len(theta)
+        theta = be.add(theta, bar[:m])
+        for i, seen in enumerate(self.eq.looked(self.log, step, t, u)):
+            mine = Record(*bar[m + 4 * i:m + 4 * i + 4])
+            pending = be.deposit(pending, seen.index, seen.old, lambda mine=mine: mine)
+        return theta, pending
+
+    def products(self, steps: Any) -> Any:
+        """Products with the transposed derivatives of `f`; every step has a first slope of its own."""
+        stepper = self.eq.stepper
+        return stepper.products(steps, 0, self.n) + stepper.fsal * (steps - 1)
 
 
 class _Moving(Sweep):
     """The sweep on a mesh that moves with the break points."""
 
-    def __init__(self, run: Run, x: Inputs, log: Any, breaks: Breaks, s: Span, tau: Any, timed: bool,
-                 params: bool) -> None:
-        super().__init__(run, x, log, s, tau, timed, params)
-        self.breaks = breaks
-
     def back(self, state: tuple, pending: Any, record: Record, ct: Record) -> tuple[tuple, Any]:
         lam, theta, nodes_bar = state
         t, h, _, _ = record
-        (theta, pending, moved, h_bar), lam = self.through(record, ct, lam, theta, pending, t + 0.5 * h)
+        bar, pending = self.through(record, ct, lam, theta, pending, inside(t, h))
         if self.timed:
-            nodes_bar = self.mesh(nodes_bar, t, h, moved + ct.t, h_bar)
-        return (lam, theta, nodes_bar), pending
+            nodes_bar = self.mesh(nodes_bar, t, h, bar.t0, bar.h)
+        return (bar.lam, bar.theta, nodes_bar), pending
 
     def mesh(self, nodes_bar: Any, t: Any, h: Any, t_bar: Any, h_bar: Any) -> Any:
         """The cotangents of start and size of a step as cotangents of the break points around it."""
-        be, times = self.run.be, self.breaks.times
-        b = be.following(times, t + 0.5 * h)
-        a = b - 1
-        length = times[b] - times[a]
-        first, last = (t - times[a]) / length, (t + h - times[a]) / length
+        be = self.run.be
+        a, b, first, last = around(be, self.eq.breaks, t, h)
         start, end = t_bar - h_bar, h_bar
         nodes_bar = be.add_at(nodes_bar, a, (1.0 - first) * start + (1.0 - last) * end)
         return be.add_at(nodes_bar, b, first * start + last * end)
+
+
+def around(be: Any, breaks: Breaks, t: Any, h: Any) -> tuple[Any, Any, Any, Any]:
+    """Between which break points a step lies, and where in between it starts and ends."""
+    times = breaks.times
+    b = be.following(times, t + 0.5 * h)
+    a = b - 1
+    length = times[b] - times[a]
+    return a, b, (t - times[a]) / length, (t + h - times[a]) / length
 
 
 def through_lags(run: Run, x: Inputs, tau_bar: Array) -> tuple[Array, ...]:

@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from ..delay import stage_inputs
-from ..delaysolve import Breaks, Equation, State, break_points, look, march, solve_forward
-from ..integrate import Run, Span, span
-from ..methods import RungeKutta
+from ..delaysolve import Breaks, Equation, Inside, State, inside, look, march, solve_forward
+from ..integrate import Run, Span
 from ..system import Inputs
 from . import base, interpolating
-from .delay import refuse_ambiguous, through_lags
+from .delay import refuse_ambiguous, reopened, through_lags
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
         if self.stores:
             raise base.unsupported(f"{self.name} with checkpoints", "a delay equation, which looks at its whole past",
                                    "InterpolatingAdjoint()")
-        if not isinstance(self.alg or run.method, RungeKutta):
+        if not (self.alg or run.method).one_step:
             raise base.unsupported(f"{self.name}(alg={self.alg!r})", "a delay equation, whose costate has delays too",
                                    "InterpolatingAdjoint(alg=sa.Tsit5())")
         if run.dense or run.saves == "steps":
@@ -57,10 +56,7 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
 
     def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        x, log, _ = residuals
-        s, tau = span(be, x.t0, x.t1), run.kind.tau(be, run, x)
-        breaks = break_points(run, x, tau, s)
-        params = "theta" in wanted and bool(x.theta)
+        x, log, _, s, tau, breaks, params = reopened(run, residuals, wanted)
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         state = State(run, x, tau, s, breaks)
         more = (len(breaks.times) + len(ts)) * (1 + len(run.kind.combinations))
@@ -70,18 +66,17 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
         tolerances = x._replace(rtol=x.rtol if self.rtol is None else self.rtol,
                                 atol=x.atol if self.atol is None else self.atol)
         eq = Costate(back, tolerances, state, log, ct.u, ts, params)
-        end, costates = march(eq)
+        end, costates, nfe = march(eq)
         z = eq.enter(costates, -s.t0, 0.0, end.u)
         lam, n = z[:eq.n], eq.n
         theta = be.split(z[n:], x.theta) if params else ()
-        nvjp = (1 + run.kind.count) * eq.stepper.tab.stages * (end.accepted + end.rejected)
+        nvjp = (1 + run.kind.count) * eq.evaluations(end)
         t0_bar = t1_bar = 0.0
         ts_bar = None
-        nfe = 0
         moved = base.times_wanted(wanted)
         if moved or (params and run.kind.moving):
             jumps = _jumps(eq, costates, breaks)
-            nfe = 2 * jumps.shape[0]
+            nfe = nfe + 2 * jumps.shape[0]
             through = jumps @ breaks.rows
             if params and run.kind.moving:
                 theta = be.add(theta, through_lags(run, x, through[2:]))
@@ -124,28 +119,35 @@ class Costate(Equation):
         now = xp.astype(xp.abs(self.ts + t) <= self.breaks.near, self.ct.dtype)
         return u + be.padded(now @ self.ct, u.shape[0])
 
-    def derivative(self, log: Any, middle: Scalar) -> Any:
+    def jacobian(self, log: Any, step: Inside) -> None:
+        return None
+
+    def beside(self, t: Scalar, h: Scalar, evaluations: Any) -> Any:
+        return evaluations * self.state.known(inside(-t - h, h)) if self.params else 0
+
+    def derivative(self, log: Any, step: Inside) -> Any:
         be, xp, n = self.run.be, self.run.be.xp, self.n
+        ahead = Inside(-step.high, -step.low)
 
         def at(back: Any, z: Array) -> Array:
             now = be.scalar(back)
-            z_bar, theta_bar = self._pull(-now, -middle, z[:n], self.params)
+            z_bar, theta_bar = self._pull(-now, ahead, z[:n], self.params)
             out = z_bar[:n]
             for i in range(self.count):
                 lag = self.tau[i]
-                found = look(be, self.values, None, log, now, middle, lag, self.span.t0, z)
+                found = look(be, self.values, None, log, now, step, lag, self.span.t0, z)
                 # Beyond t1 the costate is zero; the product is made all the same, at a place that exists.
                 shift = be.choose(found.old, 0.0 * lag, lag)
-                later, _ = self._pull(shift - now, shift - middle, found.value[:n], False)
+                later, _ = self._pull(shift - now, ahead.shifted(shift), found.value[:n], False)
                 out = out + later[n * (i + 1):n * (i + 2)]
             return xp.concat([out, *(xp.astype(xp.reshape(v, (-1,)), z.dtype) for v in theta_bar)])
 
         return at
 
-    def _pull(self, t: Scalar, middle: Scalar, lam: Array, params: bool) -> tuple[Array, tuple[Array, ...]]:
+    def _pull(self, t: Scalar, step: Inside, lam: Array, params: bool) -> tuple[Array, tuple[Array, ...]]:
         """`lam` times the derivatives of `f` at a time of the forward solution."""
         be = self.run.be
-        u, past = self.state.past_at(self.forward, t, middle, params)
+        u, past = self.state.past_at(self.forward, t, step, params)
         inputs = stage_inputs(be, self.x, u, past)
         pull = self.run.vjp.pullback(self.stages, inputs, params=params)
         z_bar, theta_bar, _ = pull(be.time(t), inputs.u0, be.padded(lam, inputs.u0.shape[0]))
@@ -173,16 +175,17 @@ def _jumps(eq: Costate, costates: Any, breaks: Breaks) -> Array:
     be, state, n = eq.run.be, eq.state, eq.n
     s, times = state.span, breaks.times
 
-    def at(before: Scalar, t: Scalar) -> tuple[Scalar, Scalar]:
+    def at(last: Scalar, t: Scalar) -> tuple[Scalar, Scalar]:
         t = t[0]
-        inside = (t - before > breaks.near) & (t < s.t1 - breaks.near)
-        here = be.choose(inside, t, 0.5 * (s.t0 + s.t1))
+        within = (t - last > breaks.near) & (t < s.t1 - breaks.near)
+        here = be.choose(within, t, 0.5 * (s.t0 + s.t1))
         record = be.record(costates, be.locate(costates, -here))
         lam = eq.stepper.interpolate(record, [-here])[0, :n]
         now, size = be.time(here), 1e-3 * state.shortest
-        u = state.past_at(eq.forward, here, here - size, False)[0]
-        left, right = (state.derivative(eq.forward, here + d * size)(now, u) for d in (-1.0, 1.0))
-        return t, be.choose(inside, be.dot(lam, left - right), 0.0 * here)
+        before, after = inside(here - size, size), inside(here, size)
+        u = state.past_at(eq.forward, here, before, False)[0]
+        left, right = (state.derivative(eq.forward, side)(now, u) for side in (before, after))
+        return t, be.choose(within, be.dot(lam, left - right), 0.0 * here)
 
     _, out = be.scan(at, s.t0, (times,))
     return be.vector(be.scalars(out), breaks.rows)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from ..delay import LagField, stage_inputs
-from ..delaysolve import Breaks, Equation, State, break_points, look, march, past_of, solve_forward
+from ..delaysolve import Breaks, Equation, Inside, State, break_points, inside, march, past_of, solve_forward
 from ..integrate import Run, Span, span
 from ..system import Inputs
 from . import base, forward
@@ -50,19 +50,19 @@ class ForwardSensitivity(forward.ForwardSensitivity):
         s = span(be, x.t0, x.t1)
         tau = run.kind.tau(be, run, x)
         eq = Augmented(run, x, tau, s, break_points(run, x, tau, s), d, self.errors)
-        end, log = march(eq)
+        end, log, more = march(eq)
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         rows = end.u[None, :]
         if run.saves is not None:
             rows = be.reached(be.sample(eq.stepper.interpolate, log, ts, eq.u0, 1.0), ts, end.t, 1.0)
         u, S = rows[:, :eq.n], xp.reshape(rows[:, eq.n:], (-1, eq.m, eq.n))
         speed = None
-        nfe = eq.stepper.tab.stages * (end.accepted + end.rejected) + (0 if run.dt is not None else 2)
+        nfe = eq.evaluations(end) + more + (d.t0 is not None)
         if moving:
             _, slopes = be.scan(lambda _, i: (0, eq.state.at_output(log, i[0])), 0, (ts,))
             speed, nfe = be.gathered(slopes), nfe + u.shape[0]
         aux = base.Aux([end.t] if run.saves is None else ts, end.t, end.accepted, end.rejected, nfe, end.status,
-                       end.ratio, end.h, None)
+                       end.ratio, end.h, None, None, eq.algebra(end))
         moved = base.Outputs(xp.permute_dims(S, (1, 0, 2)))
         return base.Outputs(u), aux, moved, speed, end.status
 
@@ -99,33 +99,42 @@ class Augmented(Equation):
         f, df = push(t, inputs.u0, dz, None)
         return xp.concat([f[:n], xp.reshape(df[:, :n], (m * n,))])
 
-    def derivative(self, log: Any, middle: Scalar) -> Any:
+    def jacobian(self, log: Any, step: Inside) -> None:
+        return None
+
+    def beside(self, t: Scalar, h: Scalar, evaluations: Any) -> Any:
+        jumped = self.run.be.choose(self.jumps(t), 2, 0)
+        return evaluations * self.state.known(inside(t, h)) + jumped
+
+    def derivative(self, log: Any, step: Inside) -> Any:
         be = self.run.be
 
         def at(t: Any, z: Array) -> Array:
-            now = be.scalar(t)
-            looked = []
-            for i in range(self.count):
-                found = look(be, self.values, None, log, now, middle, self.tau[i], self.span.t0, z)
-                looked.append(found._replace(slope=self.state.slope(log, found)))
+            looked = [seen._replace(slope=self.state.slope(log, seen)) for seen in self.looked(log, step, t, z)]
             return self.rhs(t, z, past_of(looked, self.far, be.scalar(math.inf)))
 
         return at
+
+    def jumps(self, t: Scalar) -> Any:
+        """Whether S may jump at the start of a step."""
+        breaks, be = self.breaks, self.run.be
+        b = be.following(breaks.times, t - breaks.near)
+        return (abs(breaks.times[b] - t) <= breaks.near) & (t > self.span.t0 + breaks.near)
 
     def enter(self, log: Any, t: Scalar, h: Scalar, u: Array) -> Array:
         """The jump of S at a break point."""
         be, xp, n, m = self.run.be, self.run.be.xp, self.n, self.m
         b = be.following(self.breaks.times, t - self.breaks.near)
-        there = (abs(self.breaks.times[b] - t) <= self.breaks.near) & (t > self.span.t0 + self.breaks.near)
+        before, after = inside(t - self.shortest, self.shortest), inside(t, h)
 
         def jumped() -> Array:
             now = be.time(t)
-            before, after = (self.state.derivative(log, t + d * h)(now, u[:n]) for d in (-0.5, 0.5))
+            left, right = (self.state.derivative(log, side)(now, u[:n]) for side in (before, after))
             row = self.moves @ xp.astype(self.breaks.rows[b, :], u.dtype)
-            jump = row[:, None] * (before - after)[None, :]
+            jump = row[:, None] * (left - right)[None, :]
             return u + xp.concat([0.0 * u[:n], xp.reshape(jump, (m * n,))])
 
-        return be.either(there, jumped, lambda: u)
+        return be.either(self.jumps(t), jumped, lambda: u)
 
     def _moves(self) -> Array:
         """Derivatives of (t0, t1, tau_1, ..., tau_k) along each direction, `(m, 2 + k)`."""

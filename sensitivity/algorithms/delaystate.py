@@ -46,21 +46,24 @@ class RecursiveCheckpointAdjoint(delay.RecursiveCheckpointAdjoint):
         x, (log, crossings), end = residuals
         params = "theta" in wanted and bool(x.theta)
         eq = Dependent(run, x)
-        lam, pending, ts_bar = delay.seeded(run, x, log, ct)
-        sweep = _Sweep(run, x, log, eq, crossings, params)
+        lam, pending, ts_bar = delay.seeded(eq, log, ct)
+        sweep = _Sweep(eq, log, crossings, params)
         theta = be.zeros(x.theta) if params else ()
         lam, theta, t0_bar, t1_bar = be.collect(sweep.back, (lam, theta, 0.0, 0.0), log, pending)
-        nvjp = end.accepted * sweep.stepper.tab.stages
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, 0, end.status)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0,
+                               end.status)
 
 
 class _Sweep(delay.Sweep):
     """One step of the reverse pass."""
 
-    def __init__(self, run: Run, x: Inputs, log: Any, eq: Dependent, crossings: Any, params: bool) -> None:
-        super().__init__(run, x, log, eq.span, eq.tau, True, params)
-        self.eq, self.crossings = eq, crossings
+    eq: Dependent
+
+    def __init__(self, eq: Dependent, log: Any, crossings: Any, params: bool) -> None:
+        super().__init__(eq, log, True, params)
+        self.crossings = crossings
+        run, x = eq.run, eq.x
         lags = run.kind.as_field(run, LagField.of(run))
         self.lag_pull = run.vjp.pullback(lags, x._replace(u0=_roomy(run, x.u0, eq.count)), time=True, params=params)
 
@@ -70,7 +73,7 @@ class _Sweep(delay.Sweep):
         t, h, u, K = record
         sides = eq.sides(c, t)
         end = t + h
-        u1 = be.combine(u, h, self.stepper.tab.b, K)
+        u1 = eq.stepper.interpolate(record, [end])[0, :]
         for i in range(eq.count):
             n, m = eq.passed(c, t, i), eq.passed(c, end, i)
             landed = be.scalar(m) > be.scalar(n)
@@ -91,22 +94,16 @@ class _Sweep(delay.Sweep):
             parent = be.locate(self.log, eq.sides(c, t)[i].high + eq.close)
             pending = be.deposit(pending, parent, landed == be.truth(False),
                                  lambda mu=mu: Record(-mu, 0.0, 0.0 * u, 0.0 * K))
-        (theta, pending, moved, h_bar), lam = self.through(record, ct, lam, theta, pending, sides)
+        bar, pending = self.through(record, ct, lam, theta, pending, sides)
         last = end >= eq.span.t1 - eq.close
-        h_bar = be.choose(last, h_bar + later, 0.0 * h_bar)
-        return (lam, theta, moved + ct.t + later - h_bar, t1_bar + h_bar), pending
+        h_bar = be.choose(last, bar.h + later, 0.0 * bar.h)
+        return (bar.lam, bar.theta, bar.t0 + later - h_bar, t1_bar + h_bar), pending
 
     def size_only(self, record: Record, lam: Array, k_bar: Array, sides: list[Side]) -> Any:
         """The cotangent of a step's size, with the past at rest."""
         be = self.run.be
         zero = Record(0.0, 0.0, 0.0 * record.u, k_bar)
-        return self.through(record, zero, lam, (), None, sides)[0][3] + 0.0 * be.dot(lam, lam)
-
-    def looked(self, time: Any, u: Array, sides: Any) -> list[Any]:
-        be, eq = self.run.be, self.eq
-        slope = self.stepper.slope
-        return [eq.look(self.log, side, s, slope, u)
-                for side, s in zip(sides, eq.arguments(be.scalar(time), u), strict=True)]
+        return self.through(record, zero, lam, (), None, sides)[0].h + 0.0 * be.dot(lam, lam)
 
 
 def _roomy(run: Run, u: Array, count: int) -> Array:
