@@ -99,14 +99,16 @@ class Dependent(Equation):
         """How many break points lag `i` has reached at time `t`; so many is the number of the next one."""
         return self.run.be.xp.sum(self.run.be.xp.astype(c.reached[i, :] <= t + self.close, c.count.dtype))
 
-    def sides(self, c: Crossings, t: Scalar) -> list[Side]:
-        """Where each lag looks in a step that starts at `t`."""
-        be = self.run.be
+    def sides(self, c: Crossings, t: Scalar, u: Array) -> list[Side]:
+        """Where each lag looks in a step from `u` at `t`. A method that asks for derivatives at the start of its step
+        gets those of the piece ahead."""
+        be, now = self.run.be, self.arguments(t, u)
         out = []
         for i in range(self.count):
             n = self.passed(c, t, i)
-            before = c.times[be.xp.maximum(n - 1, 0 * n)]
-            out.append(Side(be.scalar(before), be.scalar(c.times[n]), be.scalar(n) < 0.5))
+            before = be.scalar(c.times[be.xp.maximum(n - 1, 0 * n)])
+            low = be.greatest(before, now[i]) if self.run.method.exact_jacobian else before
+            out.append(Side(low, be.scalar(c.times[n]), be.scalar(n) < 0.5))
         return out
 
     def looked(self, log: Any, step: Any, t: Any, u: Array, slope: Callable | None = None) -> list[Looked]:
@@ -136,7 +138,7 @@ def walk(eq: Dependent) -> tuple[State, Any, Crossings]:
                          eq.atol, norm)
 
     def advance(w: Walk, log: Any) -> tuple[Walk, Record, Any]:
-        sides = eq.sides(w.crossings, w.t)
+        sides = eq.sides(w.crossings, w.t, w.u)
         now = eq.arguments(w.t, w.u)
         shortest = w.t - now[0]
         for a in now[1:]:

@@ -138,6 +138,8 @@ SLOW_ON_JAX = (
     "test_the_model",
     "without_a_matrix",
     "test_ones_own",
+    "test_exact_for_an_implicit",
+    "test_exact_for_a_rosen",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 import sensitivity as sa
+from sensitivity.diagonal import Diagonal
+from sensitivity.methods import RungeKutta
+from sensitivity.rosenbrock import Linear
 
 GOLD = {p["id"]: p for p in json.loads((Path(__file__).parent / "fixtures" / "gold.json").read_text())["problems"]}
 PROBLEMS = [name for name in GOLD if "lags" in GOLD[name]["code"]]
@@ -31,13 +34,28 @@ def field(xp):
     """Nonlinear, with time in it, both lags in both components, and the parameters of lags elsewhere too."""
 
     def f(t, u, v, w, p):
-        return xp.stack([p[0] * u[0] * (1.0 - v[1]) + xp.sin(t) * w[0], -p[1] * v[0] * u[1] + p[2] * w[1] * p[3]])
+        return xp.stack([p[0] * u[0] * (1.0 - v[1] - 0.2 * u[0]) + xp.sin(t) * w[0],
+                         -p[1] * v[0] * u[1] ** 2 + p[2] * w[1] * p[3]])
 
     return f
 
 
 def past(xp):
     return lambda t, p: xp.stack([p[2] * xp.cos(t), 0.3 + p[0] * t * t])
+
+
+def jacobian(t, u, v, w, p):
+    return np.diag([p[0] * (1.0 - v[1] - 0.4 * u[0]), -2.0 * p[1] * v[0] * u[1]])
+
+
+def in_time(t, u, v, w, dv, dw, p):
+    """The derivative of `field` in time where the past moves by `dv`, `dw`."""
+    return np.stack([-p[0] * u[0] * dv[1] + np.cos(t) * w[0] + np.sin(t) * dw[0],
+                     -p[1] * dv[0] * u[1] ** 2 + p[2] * dw[1] * p[3]])
+
+
+def past_in_time(t, p):
+    return np.stack([-p[2] * np.sin(t), 2.0 * p[0] * t])
 
 
 def problem(lab, u0=U0, tspan=(T0, T1)):
@@ -50,7 +68,8 @@ class Moving:
     """The computed solution as a function of its inputs; `nodes` are where it was computed."""
 
     def __init__(self, method, nodes, saves):
-        self.tab, self.nodes, self.saves = method.tableau(True), np.asarray(nodes), saves
+        self.tab = method.tableau(True) if isinstance(method, RungeKutta) else method.base
+        self.nodes, self.saves = np.asarray(nodes), saves
         most = method.base.order + 1
         combos = [c for c in itertools.product(range(most + 1), repeat=2) if 0 < sum(c) <= most]
         rows = [((1.0, 0.0, *c), T0 + c @ P[3:]) for c in np.array(combos)]
@@ -78,18 +97,39 @@ class Moving:
             x = (s - t) / h
             return u + h * (np.array([sum(d * x ** (k + 1) for k, d in enumerate(row)) for row in tab.dense]) @ K)
 
-        def delayed(s, middle):
-            inwards = s.real + 1e-3 * middle
-            return history(s, p) if inwards < T0 else dense(bisect.bisect_right(real, inwards) - 1, s)
+        def slope(n, s):
+            t, h, _, K = pieces[n]
+            x = (s - t) / h
+            return np.array([sum((k + 1) * d * x**k for k, d in enumerate(row)) for row in tab.dense]) @ K
+
+        def delayed(now, lag, t, h, inside=dense, before=history):
+            inwards = min(max(now.real, t.real + 1e-3 * h.real), t.real + (1.0 - 1e-3) * h.real) - lag.real
+            s = now - lag
+            return before(s, p) if inwards < T0 else inside(bisect.bisect_right(real, inwards) - 1, s)
 
         for j, first, last in self.inside:
             t = xi[j] + first * (xi[j + 1] - xi[j])
             h = xi[j] + last * (xi[j + 1] - xi[j]) - t
             K = np.zeros((tab.stages, 2), dtype=complex)
+            at_start = [delayed(t, lag, t, h) for lag in p[3:]]
+            if isinstance(tab, Linear):
+                moves = in_time(t, u, *at_start, *(delayed(t, lag, t, h, slope, past_in_time) for lag in p[3:]), p)
+                matrix = np.eye(2) - h * tab.gamma * jacobian(t, u, *at_start, p)
             for i, c in enumerate(tab.c):
                 now = t + c * h
-                v, w = (delayed(now - lag, (0.5 - c) * h.real) for lag in p[3:])
-                K[i] = f(now, u + h * (A[i] @ K), v, w, p)
+                v, w = (delayed(now, lag, t, h) for lag in p[3:])
+                U = u + h * (A[i] @ K)
+                if isinstance(tab, Linear):
+                    right = f(now, U, v, w, p) + np.array(tab.full[i]) @ K + h * tab.d[i] * moves
+                    K[i] = np.linalg.solve(matrix, tab.gamma * right)
+                elif not isinstance(tab, Diagonal) or (i == 0 and tab.fsal):
+                    K[i] = f(now, U, v, w, p)
+                else:
+                    z = 0.0 * U
+                    for _ in range(12):
+                        J = np.eye(2) - h * tab.gamma * jacobian(now, U + z, v, w, p)
+                        z = z + np.linalg.solve(J, h * tab.gamma * f(now, U + z, v, w, p) - z)
+                    K[i] = z / (h * tab.gamma)
             pieces.append((t, h, u, K))
             u = u + h * (np.array(tab.b) @ K)
             ends.append(u)
@@ -153,6 +193,20 @@ def test_exact_with_fixed_steps_in_every_framework(lab):
     if lab.name == "jax":
         pytest.skip("compiled loops are tested with step control above")
     compare(lab, sa.RK4(), 3, FIXED, ALL[:-1], 1e-11)
+
+
+@pytest.mark.parametrize("method", ["ImplicitEuler", "ImplicitMidpoint", "Trapezoid", "Kvaerno3", "Kvaerno5"])
+def test_exact_for_implicit_methods(numpy_lab, method):
+    compare(numpy_lab, getattr(sa, method)(), "ts", FIXED, ALL, 1e-10)
+
+
+def test_exact_for_an_implicit_method_in_every_framework(lab):
+    compare(lab, sa.Kvaerno3(), "ts", FIXED, ALL, 1e-10)
+
+
+def test_exact_for_a_rosenbrock_method_in_every_framework(lab):
+    # Where the second derivatives of f are differences of products, they have ten digits, and there are many of them.
+    compare(lab, sa.Rodas5P(), "ts", ADAPTIVE, ALL, 1e-10 if lab.name == "jax" else 2e-9)
 
 
 @pytest.mark.parametrize(("vjp", "tol"), [("ForwardVJP", 1e-11), ("ComplexStepVJP", 1e-11),
@@ -280,8 +334,8 @@ def test_state_dependent_lag(lab, y0):
     np.testing.assert_allclose([float(r.p["p"]), float(r.p["c"]), float(r.u0[0])], want, rtol=1e-8)
 
 
-@pytest.mark.parametrize("saves", ["ts", 3], ids=str)
-def test_state_dependent_lags_exactly(numpy_lab, saves):
+@pytest.mark.parametrize(("saves", "method"), [("ts", "RK4"), (3, "RK4"), ("ts", "Kvaerno3"), ("ts", "Rodas5P")])
+def test_state_dependent_lags_exactly(numpy_lab, saves, method):
     """Two lags, one of them with the state in it; with fixed steps the computed solution is smooth in its inputs."""
     xp = numpy_lab.xp
 
@@ -294,19 +348,24 @@ def test_state_dependent_lags_exactly(numpy_lab, saves):
 
     ts, w = np.array([2.57, 0.37, 1.93]), np.array([[1.0, -0.5], [0.3, 0.8], [0.7, -1.1]])
     x = {"u0": np.array([0.9, 0.4]), "p": np.array([1.1, 0.7, 0.55, 0.8]), "t0": 0.1, "t1": 2.61, "saveat": ts}
+    if method != "RK4":
+        x |= {"t1": 1.11, "saveat": np.array([1.07, 0.37, 0.93])}
 
     def parts(u0, p, t0, t1, saveat):
         prob = sa.DDEProblem(f, u0, lambda t, p: xp.stack([p[0] * xp.cos(t), 0.2 + p[1] * t]), (t0, t1), p, lags=lags)
-        return prob, {"saveat": saveat if saves == "ts" else saves, "dt": 0.1}
+        return prob, {"saveat": saveat if saves == "ts" else saves, "dt": 0.1, "controller": sa.FixedStep()}
+
+    alg = getattr(sa, method)()
 
     prob, options = parts(**x)
     names = ALL if saves == "ts" else ALL[:-1]
-    r = sa.gradient(prob, sa.RK4(), lambda sol: (w * sol.u).sum(), wrt=names, **options)
-    assert 15 < r.stats.nreject < 15 * 12  # each break point is searched for
+    r = sa.gradient(prob, alg, lambda sol: (w * sol.u).sum(), wrt=names, **options)
+    assert r.stats.nreject > (15 if method == "RK4" else 2)  # each break point is searched for
+    assert r.stats.nreject < 15 * 12
 
     def value(**changes):
         prob, options = parts(**(x | changes))
-        return float((w * sa.solve(prob, sa.RK4(), probe="off", **options).u).sum())
+        return float((w * sa.solve(prob, alg, probe="off", **options).u).sum())
 
     e = 1e-4
     for name in names:
@@ -384,6 +443,55 @@ def test_evaluations_are_counted():
     assert r.stats.nvjp == 5 * 8
     # Two evaluations for each entry of the state and of the delayed state: the cost of one product by differences.
     assert count[0] == r.stats.nfe + 4 * r.stats.nvjp == 5 * 8 * 5
+
+
+@pytest.mark.parametrize("sensealg", ["ForwardSensitivity", "InterpolatingAdjoint"])
+def test_evaluations_for_the_slopes_of_the_past_are_counted(sensealg):
+    count = [0]
+
+    def f(t, u, h, p):
+        count[0] += 1
+        return -p * h(t - 0.5) * u
+
+    prob = sa.DDEProblem(f, np.array([1.0]), lambda t, p: np.array([1.0]), (0.0, 2.0), np.array(0.7), lags=[0.5])
+    vjp = sa.FiniteDifferenceVJP()
+    r = sa.gradient(prob, sa.RK4(), lambda s: s.u.sum(), dloss=lambda s: np.ones_like(s.u), dt=0.25, probe="off",
+                    wrt=("u0", "p"), sensealg=getattr(sa, sensealg)(vjp))
+    # 8 steps of 5 stages; 6 of them see the solution one lag back, where u' takes one evaluation more.
+    if sensealg == "ForwardSensitivity":  # and one on either side of the three break points inside
+        assert r.stats.nfe == 8 * 5 + 6 * 5 + 3 * 2
+        assert count[0] == r.stats.nfe + 2 * 2 * 8 * 5  # two directions by differences
+    else:
+        assert r.stats.nvjp == 2 * 8 * 5  # now, and one lag later
+        assert r.stats.nfe == 8 * 5 + 6 * 5
+        assert count[0] == r.stats.nfe + 8 * 5 * (6 + 4)  # only the first of the two products is for p
+
+
+def test_stiff_equation(numpy_lab):
+    """u0 follows cos(h1) within 1e-4: hundreds of times fewer steps than an explicit method is forced to."""
+    xp = numpy_lab.xp
+
+    def f(t, u, h, p):
+        v = h(t - p[1])
+        return xp.stack([-p[0] * (u[0] - xp.cos(v[1])), u[0] - u[1] * v[0]])
+
+    prob = sa.DDEProblem(f, np.array([0.3, 1.0]), lambda t, p: xp.stack([0.5 + 0.0 * t, p[2] + t]), (0.0, 2.0),
+                         np.array([1e4, 0.7, 0.2]), lags=lambda p: [p[1]])
+    names = ("u0", "p", "t0")
+
+    def gradient(alg, sensealg, tol):
+        return sa.gradient(prob, alg, lambda sol: (sol.u**2).sum(), saveat=np.array([1.3, 2.0]), wrt=names,
+                           sensealg=sensealg, rtol=tol, atol=1e-2 * tol)
+
+    want = gradient(sa.Rodas5P(), ALGORITHMS[0], 1e-8)
+    assert want.stats.njac >= want.stats.naccept
+    for alg, sensealg in [(sa.Rodas5P(), a) for a in ALGORITHMS] + [(sa.Kvaerno5(), ALGORITHMS[0])]:
+        got = gradient(alg, sensealg, 1e-6)
+        assert got.stats.naccept < 200
+        assert got.stats.nlu >= got.stats.naccept
+        for name in names if alg.name == "Rodas5P" else names[:2]:  # Kvaerno5 has a lower order where it is stiff
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=1e-7,
+                                       err_msg=f"{alg.name} {sensealg.name} {name}")
 
 
 # -- in the frameworks --------------------------------------------------------------------------------------------

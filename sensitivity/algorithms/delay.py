@@ -16,9 +16,11 @@ with the step:
 
 and `tbar`, `hbar` go through the mesh to t0, t1 and the lags. Implicit and Rosenbrock stages have the transposes that
 they have for an ODE: a step never looks at itself, so that the matrix in their equations is `f_u` at a given past.
-In a Rosenbrock step the derivative in time moves the times looked at too. A lag enters `f` through the times at which it asks for
-the past, and the mesh through the break points; the second part is what an adjoint on a frozen mesh loses. At a break
-point where the solution's derivative jumps it is `lam . (f(xi-) - f(xi+)) dxi/dtau`, which no step size makes small.
+In a Rosenbrock step the derivative in time moves the times looked at too.
+
+A lag enters `f` through the times at which it asks for the past, and the mesh through the break points; the second part
+is what an adjoint on a frozen mesh loses. At a break point where the solution's derivative jumps it is
+`lam . (f(xi-) - f(xi+)) dxi/dtau`, which no step size makes small.
 
 References: Hairer, Norsett, Wanner I, II.17; Bellen and Zennaro 2003; Hager 2000 for the adjoint of the steps.
 """

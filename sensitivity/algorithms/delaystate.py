@@ -71,7 +71,7 @@ class _Sweep(delay.Sweep):
         be, eq, c = self.run.be, self.eq, self.crossings
         lam, theta, later, t1_bar = state
         t, h, u, K = record
-        sides = eq.sides(c, t)
+        sides = eq.sides(c, t, u)
         end = t + h
         u1 = eq.stepper.interpolate(record, [end])[0, :]
         for i in range(eq.count):
@@ -91,7 +91,7 @@ class _Sweep(delay.Sweep):
                 return lam + mu * lam_g, be.add(theta, moved), later + mu * (1.0 + tau_t), mu
 
             lam, theta, later, mu = be.either(landed, rooted, plain)
-            parent = be.locate(self.log, eq.sides(c, t)[i].high + eq.close)
+            parent = be.locate(self.log, sides[i].high + eq.close)
             pending = be.deposit(pending, parent, landed == be.truth(False),
                                  lambda mu=mu: Record(-mu, 0.0, 0.0 * u, 0.0 * K))
         bar, pending = self.through(record, ct, lam, theta, pending, sides)
