@@ -175,6 +175,7 @@ class NoisyField(Field):
         How g meets the noise: entry by entry, one noise for all entries, or as a matrix.
     m : number of noises.
     squares : whether the term of Milstein's method is wanted.
+    pieces : whether the right-hand side is drift and diffusion one behind the other, not yet driven.
     corrected : whether the drift is that of the Stratonovich equation with the same solution as this Ito equation.
     law, kept : the path's law, and how many arrays at the end of the constants are its own, before t0 and t1.
     dt, steps : step size, and number of steps.
@@ -190,6 +191,7 @@ class NoisyField(Field):
     steps: int
     dtype: Any
     corrected: bool = False
+    pieces: bool = False
 
     def argument(self, be: Backend, t: Any) -> Array:
         like = be.asarray([0.0], dtype=self.dtype, device=be.device(be.asarray(t)))
@@ -208,13 +210,15 @@ class DrivenRHS:
 
     def __call__(self, a: Array, u: Array) -> Array:
         field, be, m = self.field, self.be, self.field.m
-        t, w = a[0], a[2:2 + m]
+        t = a[0]
         f, g = self.parts(be, t, u)
-        out = a[1] * f + self._driven(g, w)
+        if field.pieces:
+            return be.xp.concat([f, be.xp.reshape(g, (-1,))])
+        out = self.combined(a, f, g)
         if field.squares:
             through = be.differentiable()
             along = be.along(lambda v: self.parts(through, t, v)[1], u, g)
-            out = out + self._driven(along, a[2 + m:])
+            out = out + self.driven(along, a[2 + m:])
         if field.corrected:
             out = out - (0.5 * a[1]) * self._correction(t, u, g)
         return out
@@ -238,10 +242,26 @@ class DrivenRHS:
         rows = [be.xp.reshape(x, (-1, field.m)) for x in be.flatten(g)[0]]
         return drift, rows[0] if len(rows) == 1 else be.xp.concat(rows)
 
-    def _driven(self, g: Array, w: Array) -> Array:
+    def combined(self, a: Array, f: Array, g: Array) -> Array:
+        """`delta f + g w`."""
+        return a[1] * f + self.driven(g, a[2:2 + self.field.m])
+
+    def diffusion(self, pieces: Array, n: int) -> Array:
+        """The diffusion in the pieces, as `parts` gives it."""
+        m = self.field.m
+        return self.be.xp.reshape(pieces[n:n + n * m], (n, m)) if self.field.acts == "all" else pieces[n:2 * n]
+
+    def driven(self, g: Array, w: Array) -> Array:
+        """The diffusion times what the noises do."""
         if self.field.acts == "all":
             return g @ self.be.xp.astype(w, g.dtype)
         return g * w if self.field.acts == "each" else g * w[0]
+
+    def spread(self, ct: Array, w: Array) -> Array:
+        """The transpose of `driven` in g, flat."""
+        if self.field.acts == "all":
+            return self.be.xp.reshape(ct[:, None] * self.be.xp.astype(w, ct.dtype)[None, :], (-1,))
+        return ct * w if self.field.acts == "each" else ct * w[0]
 
     def stages(self, scheme: Scheme) -> Callable[[Scalar], Array]:
         """`t -> (s, 2 + m ...)`: the first arguments of the stages of the step that starts at `t`."""

@@ -85,7 +85,9 @@ class Reversible(Driven):
 
         z1 = 2y - z + h F(t, z),   y1 = y + h/2 (F(t, z) + F(t + h, z1))
 
-    (Kidger, Foster, Li, Lyons 2021, algorithm 1). Algebraically reversible: `z = 2y1 - z1 - h F(t + h, z1)`.
+    (Kidger, Foster, Li, Lyons 2021, algorithm 1). Drift and diffusion at `z1` serve the next step too, with its own
+    increment, so they are carried as well: one evaluation for each step, and one at the start. Records hold the two
+    stages, then drift and diffusion at both ends, in rows as long as `(y, z)`.
     """
 
     def lift(self, u: Array) -> Array:
@@ -105,31 +107,65 @@ class Reversible(Driven):
         n = x.shape[-1] // 2
         return x[..., :n], x[..., n:]
 
-    def _joined(self, a: Array, b: Array) -> Array:
+    def _stages(self, a: Array, b: Array) -> Array:
         """Stages `(2, 2n)`: what moves y; nothing moves the unseen part between the nodes."""
         xp = self.be.xp
         return xp.stack([xp.concat([a, 0.0 * a], axis=-1), xp.concat([b, 0.0 * b], axis=-1)])
 
+    def first(self, t: Any, u: Array) -> Array:
+        return self._evaluated(t, self._parts(u)[1])
+
+    def _evaluated(self, t: Any, z: Array) -> Array:
+        """Drift and diffusion in rows of `2n` numbers, the last one filled up with zeros."""
+        xp, n = self.be.xp, z.shape[0]
+        f, g = self.rhs.parts(self.be, t, z)
+        flat = xp.concat([f, xp.reshape(g, (-1,))])
+        rows = -(-flat.shape[0] // (2 * n))
+        return xp.reshape(self.be.padded(flat, 2 * n * rows), (rows, 2 * n))
+
+    def _rate(self, argument: Array, k: Array) -> Array:
+        """`F` for the increment in `argument`, from the rows of `_evaluated`."""
+        flat, n = self.be.xp.reshape(k, (-1,)), k.shape[1] // 2
+        return self.rhs.combined(argument, flat[:n], self.rhs.diffusion(flat, n))
+
+    def carry(self, K: Array) -> Array:
+        return K[2 + (K.shape[0] - 2) // 2:, :]
+
+    def entry(self, record: Record) -> Array:
+        return record.k[2:2 + (record.k.shape[0] - 2) // 2, :]
+
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        assert k is not None
+        xp = self.be.xp
         first, second = self._arguments(t)
         y, z = self._parts(u)
-        a = self.rhs(first, z)
+        a = self._rate(first, k)
         z1 = 2.0 * y - z + h * a
-        b = self.rhs(second, z1)
-        return self.be.xp.concat([y + (0.5 * h) * (a + b), z1]), self._joined(a, b)
+        k1 = self._evaluated(second[0], z1)
+        b = self._rate(second, k1)
+        return xp.concat([y + (0.5 * h) * (a + b), z1]), xp.concat([self._stages(a, b), k, k1])
 
     def _arguments(self, t: Scalar) -> tuple[Any, Any]:
         rows = self.drive(t)
         return rows[0], rows[1]
 
-    def back(self, t: Scalar, h: Scalar, u1: Array) -> tuple[Array, Array]:
-        """The step backwards: what it started from, and its stages."""
-        first, second = self._arguments(t)
-        y1, z1 = self._parts(u1)
-        b = self.rhs(second, z1)
-        z = 2.0 * y1 - z1 - h * b
-        a = self.rhs(first, z)
-        return self.be.xp.concat([y1 - (0.5 * h) * (a + b), z]), self._joined(a, b)
+    def interpolate(self, record: Record, ts: Any) -> Array:
+        return super().interpolate(record._replace(k=record.k[:2, :]), ts)
+
+    def slope(self, record: Record, ts: Any) -> Array:
+        return super().slope(record._replace(k=record.k[:2, :]), ts)
+
+    def interpolate_vjp(self, time: bool) -> Any:
+        pull, xp = super().interpolate_vjp(time), self.be.xp
+
+        def padded(record: Record, ts: Any, ct: Array) -> tuple[Contribution, Any]:
+            out, bars = pull(record._replace(k=record.k[:2, :]), ts, ct)
+            return out._replace(k=xp.concat([out.k, 0.0 * record.k[2:, :]])), bars
+
+        return padded
+
+    def evaluations(self, attempts: Any, known: bool) -> Any:
+        return attempts + 1
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
             state: Adjoint, add: Any = None) -> Adjoint:
@@ -165,7 +201,7 @@ class Reversible(Driven):
         dz1 = 2.0 * dy - dz + h * da
         _, db = push(second, 2.0 * y - z + h * a, dz1, None)
         du1 = self.be.xp.concat([dy + (0.5 * h) * (da + db), dz1], axis=1)
-        return Tangent(du1, None), self._joined(da, db)
+        return Tangent(du1, None), self._stages(da, db)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def test_discrete_gradients(lab, name):
                                 interpretation="ito" if name == "euler_maruyama" else "stratonovich")
     r = sa.gradient(prob, METHODS[name], loss, dt=0.125)
     compare(P, r, initial, 1e-12)
-    stages = 1 if name == "euler_maruyama" else 2
-    assert (r.stats.naccept, r.stats.nfe, r.stats.nvjp) == (8, 8 * stages, 8 * stages)
+    nfe, nvjp = {"euler_maruyama": (8, 8), "heun": (16, 16), "reversible_heun": (9, 16)}[name]
+    assert (r.stats.naccept, r.stats.nfe, r.stats.nvjp) == (8, nfe, nvjp)
 
 
 @pytest.mark.parametrize("method", [sa.StochasticHeun(), sa.ReversibleHeun()], ids=lambda m: m.name)
@@ -220,10 +220,11 @@ def test_undone_steps_cost_and_fail(numpy_lab):
     prob = nonlinear(numpy_lab, "general", "stratonovich")
     r = sa.gradient(prob, sa.ReversibleHeun(), lambda sol: np.sum(sol.u), dloss=lambda sol: np.ones_like(sol.u), dt=0.1,
                     sensealg=sa.ReversibleHeunAdjoint())
-    assert (r.stats.nfe, r.stats.nvjp) == (24, 12)
+    assert (r.stats.nfe, r.stats.nvjp) == (7, 7)
+    assert r.stats.drift < 1e-13
     # On a contracting problem the hidden half of the state grows, and round-off with it.
     stiff = prob.remake(f=lambda t, u, p: -8.0 * u, g=lambda t, u, p: 0.2 * u, noise="diagonal", tspan=(0.0, 4.0))
-    with pytest.raises(sa.SolveError, match="reverse solve"):
+    with pytest.raises(sa.UnstableSensealgError, match="undone to the start, miss u0"):
         sa.gradient(stiff, sa.ReversibleHeun(), lambda sol: np.sum(sol.u), dloss=lambda sol: np.ones_like(sol.u),
                     dt=0.05, sensealg=sa.ReversibleHeunAdjoint())
 
@@ -331,11 +332,11 @@ def test_evaluations_are_counted(numpy_lab):
         return 0.1 * u
 
     prob = sa.SDEProblem(f, g, np.ones(2), (0.0, 1.0), np.array(0.5), interpretation="stratonovich")
-    for method in (sa.StochasticHeun(), sa.ReversibleHeun()):
+    for method, count in ((sa.StochasticHeun(), 20), (sa.ReversibleHeun(), 11)):
         calls.update(f=0, g=0)
         sol = sa.solve(prob, method, dt=0.1, probe="off", saveat=[0.35, 1.0])
         # One call of g before the start tells how many noises there are.
-        assert (calls["f"], calls["g"]) == (sol.stats.nfe, sol.stats.nfe + 1) == (20, 21)
+        assert (calls["f"], calls["g"]) == (sol.stats.nfe, sol.stats.nfe + 1) == (count, count + 1)
 
 
 def test_dense_output(lab):
