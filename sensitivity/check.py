@@ -23,6 +23,7 @@ from .errors import InputError, UnsupportedCombination
 from .gradient import checked_names, gradient
 from .probe import through_ad
 from .solve import checked, prepare_options, solve
+from .stochastic import SDEProblem
 
 STEPS = tuple(0.01 / 2.0**k for k in range(5))
 
@@ -127,7 +128,8 @@ def check_gradient(prob: Any, alg: Any = None, loss: Any = None, sensealgs: Sequ
         As for `gradient`; `wrt` may hold "u0", "p", "t0", "t1", and `p` is what the problem carries, not what `f`
         closes over. A cost needs its values: `DiscreteCost(..., g=...)`.
     sensealgs : sequence of sensitivity algorithms, optional
-        `RecursiveCheckpointAdjoint()`, `InterpolatingAdjoint()` and `ForwardSensitivity()` if not given.
+        `RecursiveCheckpointAdjoint()`, `InterpolatingAdjoint()` and `ForwardSensitivity()` if not given; of an
+        `SDEProblem` only the first and the last, which differentiate the computed solution.
     options
         The keywords of `solve`. Unless they are given, `rtol` and `atol` are tight (1e-10 and 1e-12 in float64): a loss
         that jumps by the tolerance when a step is added has differences no better than that.
@@ -142,8 +144,10 @@ def check_gradient(prob: Any, alg: Any = None, loss: Any = None, sensealgs: Sequ
     InputError
         The loss has no value, or `wrt` holds something that cannot be moved.
     """
-    algorithms = [RecursiveCheckpointAdjoint(), InterpolatingAdjoint(), ForwardSensitivity()] if (
-        sensealgs is None) else [checked(s) for s in sensealgs]
+    usual: list[Any] = [RecursiveCheckpointAdjoint(), ForwardSensitivity()]
+    if not isinstance(prob, SDEProblem):
+        usual.insert(1, InterpolatingAdjoint())
+    algorithms = usual if sensealgs is None else [checked(s) for s in sensealgs]
     names = checked_names(wrt)
     if "saveat" in names:
         raise InputError("wrt holds 'saveat'", "a check moves the state, the parameters and the span",

@@ -14,31 +14,34 @@ from .registry import registry
 from .retcode import RetCode
 from .solution import Gradient, Solution, Stats
 from .steady import SteadyStateProblem
+from .stochastic import SDEProblem
 
 CHUNK = 16
-PARTS = ("u0", "p", "tspan")
+PARTS = ("u0", "p", "tspan", "key")
 VALUES = ("value", "u0", "p", "t0", "t1", "saveat")
 METADATA = ("prob", "alg", "sensealg", "events", "dense")
 
 
 @dataclass(frozen=True, eq=False)
 class EnsembleProblem(Problem):
-    """Members of one problem that differ in initial state, parameters or times.
+    """Members of one problem that differ in initial state, parameters, times or, where there is noise, paths.
 
     Parameters
     ----------
-    prob : ODEProblem or SteadyStateProblem
+    prob : ODEProblem, SDEProblem or SteadyStateProblem
         What the members have in common.
     u0, p : pytree, optional
         In the structure of `prob.u0` and `prob.p`; every array has one axis more, in front, for the members. Leaves of
         `p` that are no arrays are common to all.
     tspan : (t0, t1) or array `(members, 2)`, optional
         As a pair, each of the two is a number or a vector with one time per member.
+    key : integer array `(members,)` or `(members, 2)`, optional
+        The path of each member of an `SDEProblem`; without it all see the same path.
 
     Raises
     ------
     InputError
-        Nothing is given, or leading axes differ in length.
+        Nothing is given, `key` is given where it cannot say what the path is, or leading axes differ in length.
     UnsupportedCombination
         `prob` is of another kind.
     """
@@ -47,19 +50,24 @@ class EnsembleProblem(Problem):
     u0: Any = None
     p: Any = None
     tspan: Any = None
+    key: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prob, ODEProblem | SteadyStateProblem):
+        if not isinstance(self.prob, ODEProblem | SDEProblem | SteadyStateProblem):
             raise UnsupportedCombination(f"an ensemble of {type(self.prob).__name__} is not available",
-                                         "members differ in u0, p and tspan of an ODEProblem or a SteadyStateProblem",
-                                         "a loop over members")
+                                         "members differ in u0, p, tspan and key of an ODEProblem, SDEProblem or "
+                                         "SteadyStateProblem", "a loop over members")
+        if self.key is not None and getattr(self.prob, "brownian", self.prob) is not None:
+            raise InputError(f"key was given with {'a path' if isinstance(self.prob, SDEProblem) else 'no noise'}",
+                             "it makes the paths of an SDEProblem that has no brownian= of its own",
+                             "EnsembleProblem(SDEProblem(f, g, u0, tspan, p), key=np.arange(100))")
         if self.tspan is not None and isinstance(self.prob, SteadyStateProblem):
             raise InputError("tspan was given with a SteadyStateProblem", "a steady state has no times", "leave it out")
         if self.tspan is not None and getattr(self.tspan, "ndim", None) == 2:
             object.__setattr__(self, "tspan", (self.tspan[:, 0], self.tspan[:, 1]))
         lengths = {f"{name}{where}": count for name in self.given for where, count in self._lengths(name)}
         if not lengths:
-            raise InputError("EnsembleProblem was given neither u0 nor p nor tspan with an axis for the members",
+            raise InputError("EnsembleProblem was given neither u0, p, tspan nor key with an axis for the members",
                              "its leading axis counts them", "EnsembleProblem(prob, p=np.stack([p1, p2, p3]))")
         if len(set(lengths.values())) > 1:
             seen = ", ".join(f"{name} has {count}" for name, count in lengths.items())

@@ -119,10 +119,8 @@ class Stochastic:
 
         algorithm = adapted(algorithm)
         if self.name not in algorithm.kinds:
-            why = REFUSED.get(algorithm.name, "it was made for ordinary differential equations")
-            raise UnsupportedCombination(f"{algorithm.name} does not go with an SDEProblem", why,
-                                         "sensealg=RecursiveCheckpointAdjoint() or ForwardADSensitivity(), exact for "
-                                         "the computed solution")
+            why, fix = REFUSED.get(algorithm.name, ("it was made for other problems", EXACT))
+            raise UnsupportedCombination(f"{algorithm.name} does not go with an SDEProblem", why, fix)
         return algorithm
 
     def refuse_times(self, names: tuple[str, ...]) -> None:
@@ -132,11 +130,17 @@ class Stochastic:
                 raise UnsupportedCombination(*undefined(name))
 
 
+EXACT = "sensealg=RecursiveCheckpointAdjoint() or ForwardADSensitivity(), exact for the computed solution"
+SMOOTH = ("its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
+          "sensealg=InterpolatingAdjoint(), or RecursiveCheckpointAdjoint(), exact for the computed solution")
 REFUSED = {
-    "QuadratureAdjoint": "its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
-    "GaussAdjoint": "its quadrature needs an integrand that is smooth in time, and here it is driven by noise",
-    "ForwardOverAdjoint": "second derivatives through steps with noise have not been written",
-    "ForwardSensitivity": "error control of the derivatives needs adaptive steps, and steps here are fixed",
+    "QuadratureAdjoint": SMOOTH,
+    "GaussAdjoint": SMOOTH,
+    "ForwardOverAdjoint": ("second derivatives through steps with noise have not been written",
+                           "differences of sa.gradient on the same path; on JAX jax.hessian of a solve with "
+                           "sensealg=DirectAdjoint()"),
+    "ReversibleAdjoint": ("its pair of solutions with a coupling of its own is made of deterministic steps",
+                          "ReversibleAdjoint() without options, with method ReversibleHeun()"),
 }
 
 

@@ -140,6 +140,8 @@ SLOW_ON_JAX = (
     "test_ones_own",
     "test_exact_for_an_implicit",
     "test_exact_for_a_rosen",
+    "test_ensembles_of_paths[jax-R",
+    "test_gradients_of_ensembles",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,84 @@ def test_scalar_noise(method):
     assert math.log2(gaps[0] / gaps[1]) / 4 == pytest.approx(1.0, abs=0.15)
 
 
+def weak_error(prob, method, X, levels):
+    """Mean of `X_N^2 - X^2` over the paths, and its standard error, for steps `2^-k`."""
+    gaps = [sa.solve(prob, method, dt=2.0**-k).u[-1] ** 2 - X**2 for k in levels]
+    return np.array([(np.mean(v), np.std(v) / math.sqrt(v.shape[0])) for v in gaps]).T
+
+
+@pytest.mark.parametrize("method", [sa.EulerMaruyama(), sa.Milstein(), sa.StochasticHeun(), sa.ReversibleHeun()],
+                         ids=lambda m: m.name)
+def test_weak_order(method):
+    """Order 1 of the bias of `E[X(1)^2]`, from the exact solution on the same paths, where the strong order is 1/2 too.
+
+    The standard error of the slope over a factor 4 follows from those of the two means; it is below 0.12, and 0.12
+    more is left to terms of higher order.
+    """
+    pytest.importorskip("autograd")
+    B, mu, sigma, x0 = 30_000, 0.3, 0.6, 1.2
+    tree = sa.VirtualBrownianTree(11, (0.0, 1.0), 2.0**-5)
+    prob = sa.SDEProblem(lambda t, u, p: mu * u, lambda t, u, p: sigma * u, np.full(B, x0), (0.0, 1.0),
+                         interpretation=method.interpretation, brownian=tree)
+    drift = mu - (0.5 * sigma**2 if method.interpretation == "ito" else 0.0)
+    bias, error = weak_error(prob, method, x0 * np.exp(drift + sigma * tree(np.array([1.0]), B)[0]), (3, 5))
+    open_ = math.hypot(*(error / bias)) / (2.0 * math.log(2.0))
+    assert open_ < 0.12
+    assert abs(math.log2(bias[0] / bias[1]) / 2.0 - 1.0) < 0.12 + 3.0 * open_
+
+
+# -- ensembles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["EulerMaruyama", "ReversibleHeun"])
+def test_ensembles_of_paths(lab, method):
+    """A member's path depends on its key alone: not on the others, on their order, or on how they are batched."""
+    method = getattr(sa, method)()
+    one = nonlinear(lab, "general", method.interpretation)
+    keys = np.array([5, 1, 9, 5])
+    key = lab.array(keys, "int64")
+
+    def solved(key, **options):
+        return lab.numpy(sa.solve(sa.EnsembleProblem(one, key=key), method, dt=0.2, saveat=3, **options).u)
+
+    u = solved(key)
+    assert u.shape == (4, 3, 2)
+    assert np.all(u[0] == u[3])
+    assert not np.any(u[0, 1:] == u[1, 1:])
+    np.testing.assert_allclose(solved(key, chunk=2), u, rtol=1e-13)
+    if lab.name != "jax":  # where every layout is compiled anew
+        for k, row in zip(keys, u, strict=True):
+            alone = sa.solve(one.remake(key=int(k)), method, dt=0.2, saveat=3).u
+            np.testing.assert_array_equal(lab.numpy(alone), row)
+        with ThreadPoolExecutor(2) as pool:
+            np.testing.assert_array_equal(solved(key, executor=pool), u)
+
+
+def test_gradients_of_ensembles(lab):
+    """Each member its own gradient; without keys all see the path of the problem."""
+    xp = lab.xp
+    one = sa.SDEProblem(lambda t, u, p: -p * u, lambda t, u, p: 0.3 * xp.cos(u), lab.array([1.0]), (0.0, 1.0), key=3)
+    p = lab.array([0.5, 0.5, 0.7])
+
+    def gradients(**parts):
+        members = sa.EnsembleProblem(one, p=p, **parts)
+        return lab.numpy(sa.gradient(members, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), dt=0.25).p)
+
+    same, own = gradients(), gradients(key=lab.array([3, 4, 3], "int64"))
+    assert same[0] == pytest.approx(same[1], rel=1e-14)
+    assert own[0] == pytest.approx(same[0], rel=1e-13)
+    assert own[2] == pytest.approx(same[2], rel=1e-13)
+    assert abs(own[1] - same[1]) > 1e-3
+
+
+def test_ensembles_that_cannot_be():
+    prob = sa.SDEProblem(lambda t, u, p: -u, lambda t, u, p: u, np.ones(1), (0.0, 1.0), brownian=TREE)
+    with pytest.raises(sa.InputError, match="with a path"):
+        sa.EnsembleProblem(prob, key=np.arange(3))
+    with pytest.raises(sa.InputError, match="with no noise"):
+        sa.EnsembleProblem(sa.ODEProblem(lambda t, u, p: -u, np.ones(1), (0.0, 1.0)), key=np.arange(3))
+
+
 # -- gradients: every method, noise and product ------------------------------------------------------------------------
 
 
@@ -227,6 +306,42 @@ def test_undone_steps_cost_and_fail(numpy_lab):
     with pytest.raises(sa.UnstableSensealgError, match="undone to the start, miss u0"):
         sa.gradient(stiff, sa.ReversibleHeun(), lambda sol: np.sum(sol.u), dloss=lambda sol: np.ones_like(sol.u),
                     dt=0.05, sensealg=sa.ReversibleHeunAdjoint())
+
+
+def test_stand_ins(numpy_lab):
+    """What an algorithm for ODEs means here: the reversible adjoint of reversible Heun, tangents through the steps."""
+    prob = nonlinear(numpy_lab, "general", "stratonovich")
+    r = sa.gradient(prob, sa.ReversibleHeun(), lambda sol: (sol.u**2).sum(), dt=0.1, sensealg=sa.ReversibleAdjoint())
+    assert isinstance(r.sensealg, sa.ReversibleHeunAdjoint)
+    sol, S = sa.forward_sensitivities(prob, sa.StochasticHeun(), saveat=TIMES, dt=0.07)
+    assert isinstance(sol.sensealg, sa.ForwardADSensitivity)
+    w = np.cos(np.arange(10.0)).reshape(5, 2)
+    exact = answer(numpy_lab, prob, sa.StochasticHeun(), "ts", sa.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(np.einsum("kn,kni->i", 2.0 * w * sol.u, S), exact[3:], rtol=1e-11)
+
+
+def test_costs(numpy_lab):
+    """A cost at given times is one more loss; one over time is refused, as are second derivatives."""
+    prob = nonlinear(numpy_lab, "diagonal")
+    cost = sa.DiscreteCost([0.2, 0.6], dgdu=lambda t, u, p, i: 2.0 * u, g=lambda t, u, p, i: (u**2).sum())
+    for sensealg in (sa.auto, sa.InterpolatingAdjoint(), sa.BacksolveAdjoint()):
+        a = sa.gradient(prob, sa.EulerMaruyama(), cost, dt=0.1, sensealg=sensealg)
+        b = sa.gradient(prob, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), dt=0.1, sensealg=sensealg,
+                        saveat=[0.2, 0.6])
+        assert a.value == pytest.approx(b.value, rel=1e-14)
+        np.testing.assert_allclose(a.p["s"], b.p["s"], rtol=1e-13)
+    with pytest.raises(sa.UnsupportedCombination, match="DiscreteCost, or a callable"):
+        sa.gradient(prob, sa.EulerMaruyama(), sa.ContinuousCost(lambda t, u, p: (u**2).sum()), dt=0.1)
+    for second in (sa.hessian, lambda *a, **k: sa.hessian_vector_product(*a, np.ones(2), **k)):
+        with pytest.raises(sa.UnsupportedCombination, match="second derivatives through steps"):
+            second(prob, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), wrt="u0", dt=0.1)
+
+
+def test_check_gradient_of_an_sde(numpy_lab):
+    """Only algorithms that differentiate the computed solution are held against its differences."""
+    check = sa.check_gradient(nonlinear(numpy_lab, "diagonal"), sa.Milstein(), lambda sol: (sol.u**2).sum(), dt=0.1)
+    assert check.ok
+    assert [row.sensealg.name for row in check.rows] == ["RecursiveCheckpointAdjoint", "ForwardADSensitivity"]
 
 
 @pytest.mark.parametrize("vjp", [sa.ForwardVJP(), sa.FiniteDifferenceVJP(), sa.ComplexStepVJP()], ids=lambda v: v.name)
@@ -519,7 +634,8 @@ def solved(alg=None, dt=0.1, sensealg=sa.auto, wrt=None, remake=None, **options)
         ({"controller": sa.PIController()}, "error estimate"),
         ({"tstops": [0.5]}, "tstops"),
         ({"dtmax": 0.1}, "dtmax"),
-        ({"sensealg": sa.ForwardSensitivity()}, "RecursiveCheckpointAdjoint"),
+        ({"sensealg": sa.ReversibleAdjoint()}, "cannot be undone"),
+        ({"sensealg": sa.ReversibleAdjoint(coupling=0.9)}, r"ReversibleHeun\(\)"),
         ({"sensealg": sa.QuadratureAdjoint()}, "smooth in time"),
         ({"sensealg": sa.GaussAdjoint()}, "smooth in time"),
         ({"sensealg": sa.ForwardOverAdjoint()}, "second derivatives"),

@@ -30,8 +30,10 @@ from ..retcode import RetCode
 from ..stochasticchecks import check_entries
 from ..stochasticmethods import HEUN, StochasticHeun
 from ..system import Inputs
-from . import backsolve, base, budget, interpolating
+from . import backsolve, base, budget, forward, interpolating, reversible
+from .forward_ad import ForwardADSensitivity
 from .frozen import frozen_tangent
+from .reversibleheun import ReversibleHeunAdjoint
 
 STRETCHES = 10  # between stored states, where nobody said how many
 LOST = 0.5  # relative difference at which the state integrated backwards is not that of the forward solve
@@ -289,8 +291,17 @@ def marked(run: Run, x: Inputs, every: int | None) -> tuple[base.Outputs, base.A
 
 
 def adapted(sensealg: Any) -> Any:
-    """The algorithm for stochastic problems that a name stands for; others as they are."""
+    """The algorithm for stochastic problems that a name stands for; others as they are.
+
+    Solving the sensitivity equations on the path by the steps of the solve is pushing tangents through these steps.
+    """
     kinds: dict[type, Any] = {interpolating.InterpolatingAdjoint: InterpolatingAdjoint,
                               backsolve.BacksolveAdjoint: BacksolveAdjoint}
     kind = kinds.get(type(sensealg))
-    return sensealg if kind is None else kind(**{f.name: getattr(sensealg, f.name) for f in fields(sensealg)})
+    if kind is not None:
+        return kind(**{f.name: getattr(sensealg, f.name) for f in fields(sensealg)})
+    if type(sensealg) is forward.ForwardSensitivity:
+        return ForwardADSensitivity(vjp=sensealg.vjp)
+    if sensealg == reversible.ReversibleAdjoint(vjp=sensealg.vjp):
+        return ReversibleHeunAdjoint(vjp=sensealg.vjp)
+    return sensealg

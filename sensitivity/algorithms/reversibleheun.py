@@ -94,7 +94,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
         n = x.u0.shape[0]
         pieces: Any = replace(run, field=replace(run.field, pieces=True))  # type: ignore[call-arg]
         rhs = pieces.field.bind(be, x.theta, x.constants)
-        drive = rhs.stages(run.method.scheme)
+        drive, noises = rhs.stages(ReversibleHeun.scheme), pieces.field.m
         s = span(be, x.t0, x.t1)
         params = "theta" in wanted and bool(x.theta)
         at = run.vjp.value_and_pullback(pieces, x, params=params)
@@ -119,7 +119,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
             """Size of step m and what the path does in it; nothing, if there is no such step."""
             t = node(be.least(be.greatest(m, 0), end.accepted - 1))
             h = be.choose((m >= 0) & (m < end.accepted), node(m + 1) - node(m), 0.0)
-            return h, be.vector([h], x.u0) * drive(t)[0, 2:2 + run.field.m]
+            return h, be.vector([h], x.u0) * drive(t)[0, 2:2 + noises]
 
         def undo(state: Undone, i: tuple[Any]) -> tuple[Undone, float]:
             y, z, y_bar, z_bar, theta = state
