@@ -29,6 +29,9 @@ REFERENCES = {
     "foster2023":
         "J. Foster, G. dos Reis, C. Strange: High order splitting methods for SDEs satisfying a commutativity "
         "condition. arXiv:2210.17543 (2023).",
+    "gaines1997":
+        "J. G. Gaines, T. J. Lyons: Variable step size control in the numerical solution of stochastic differential "
+        "equations. SIAM J. Appl. Math. 57 (1997) 1455-1484.",
     "griewank2000":
         "A. Griewank, A. Walther: Algorithm 799: revolve, an implementation of checkpointing for the reverse or "
         "adjoint mode of computational differentiation. ACM Trans. Math. Softw. 26 (2000) 19-45.",

@@ -60,6 +60,14 @@ class Ordinary:
     def times(self, be: Any, t0: Array, t1: Array, saveat: Any) -> tuple[Array, Array, Any]:
         return t0, t1, saveat
 
+    def controller(self, given: Any) -> Any:
+        """The controller asked for, or that of this kind of problem; None for that of the method."""
+        return given
+
+    def finished(self, run: Any) -> Any:
+        """The run with what only this kind knows."""
+        return run
+
     def room(self, be: Any, max_steps: int, capacity: int, given: int | None) -> tuple[int, int]:
         """Limits on attempted and recorded steps."""
         return max_steps, capacity

@@ -24,6 +24,7 @@ from .errors import InputError
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 MASK = 0xFFFFFFFF
 DEEPEST = 30
+FEW = 8  # times for which the numbers of all levels are drawn at once
 
 
 def threefry(k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
@@ -102,15 +103,24 @@ def tree(be: Any, key: Array, m: int, length: Any, s: Array, levels: int) -> tup
 
     at = leaf >> (levels - wide)
     W, H, W_left, A_left = (xp.take(v, at, axis=0) for v in (W, H, W_left, A_left))
+    nodes = [(leaf >> (levels - level)) + 2**level for level in range(wide, levels + 1)]
+    k, drawn = s.shape[0], None
+    if k <= FEW:
+        drawn = normals(be, key, xp.concat(nodes), channels, dtype)
+
+    def numbers(i: int) -> tuple[Array, Array]:
+        if drawn is None:
+            return normals(be, key, nodes[i], channels, dtype)
+        return drawn[0][i * k:(i + 1) * k, :], drawn[1][i * k:(i + 1) * k, :]
+
     for level in range(wide, levels):
-        node = (leaf >> (levels - level)) + 2**level
-        left, right = _halved(W, H, h, normals(be, key, node, channels, dtype))
+        left, right = _halved(W, H, h, numbers(level - wide))
         h = h / 2.0
         later = ((leaf >> (levels - level - 1)) & 1)[:, None] == 1
         A_left = xp.where(later, A_left + h * (W_left + 0.5 * left[0] + left[1]), A_left)
         W_left = xp.where(later, W_left + left[0], W_left)
         W, H = (xp.where(later, b, a) for a, b in zip(left, right, strict=True))
-    W, H = _bridged(xp, W, H, h, x[:, None], normals(be, key, leaf + leaves, channels, dtype))
+    W, H = _bridged(xp, W, H, h, x[:, None], numbers(levels - wide))
     part = x[:, None] * h
     return W_left + W, A_left + part * (W_left + 0.5 * W + H)
 

@@ -76,12 +76,12 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         p = partition.join(be, theta[:partition.count], constants)
         seen, theta, constants, changes = watched(be, events, field, start.time, start.u, p, theta, constants, u0, span)
     where, times = saves(be, saveat, c0, c1, u0)
-    controller, dt = controlled(method, controller, dt, c0, c1)
+    controller, dt = controlled(method, kind.controller(controller), dt, c0, c1)
     rtol, atol = tolerances(be, rtol, atol, u0.dtype, u_layout, u0)
     max_events = count("max_events", max_events, MAX_RECORDED_EVENTS if be.traced else MAX_EVENTS) if seen else 0
     most, capacity = limits(be, max_steps, controller, dt, c0, c1, max_events)
     most, capacity = kind.room(be, most, capacity, max_steps)
-    field, arrays = kind.driven(start, method, field, t1, dt, capacity)
+    field, arrays = kind.driven(start, method, field, t1, None if controller.adaptive else dt, capacity)
     products = kind.products()
     sparsity = None
     if method.implicit and method.one_step:
@@ -98,7 +98,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         max_events=max_events, carried=tuple(tuple(v.shape) for v in theta[:partition.count]) if changes else (),
         interpolated=kind.interpolated, kind=kind.special,
     )
-    return run, Inputs(u0, theta, t0, t1, times, (*constants, *arrays), rtol, atol)
+    return kind.finished(run), Inputs(u0, theta, t0, t1, times, (*constants, *arrays), rtol, atol)
 
 
 def _kind(prob: Any, alg: Any) -> Ordinary:

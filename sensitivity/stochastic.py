@@ -25,6 +25,7 @@ from .stochasticchecks import action, check_path
 from .stochasticmethods import Scheme, StochasticMethod
 from .system import Field
 
+FREE = 18  # levels of the tree of a key where steps are adaptive
 NOISES = ("diagonal", "scalar", "additive", "general")
 INTERPRETATIONS = ("ito", "stratonovich")
 
@@ -103,10 +104,11 @@ class Stochastic:
     name = "sde"
 
     @classmethod
-    def of(cls, be: Backend, prob: SDEProblem, dt: float) -> Stochastic:
-        """What is to be known of a problem solved with steps of this size."""
+    def of(cls, be: Backend, prob: SDEProblem, dt: float | None) -> Stochastic:
+        """What is to be known of a problem solved with steps of this size, or of any."""
         known = be.concrete_times(be.asarray(prob.brownian.ts)) if isinstance(prob.brownian, TabulatedPath) else None
-        coarse = known is not None and any(b - a > dt * (1.0 + 1e-9) for a, b in pairwise(known))
+        coarse = known is not None and (
+            dt is None or any(b - a > dt * (1.0 + 1e-9) for a, b in pairwise(known)))
         return cls(prob.interpretation, prob.noise == "additive", coarse)
 
     def products(self, run: Any, x: Any) -> tuple[Any, Any]:
@@ -182,7 +184,8 @@ class NoisyField(Field):
     pieces : whether the right-hand side is drift and diffusion one behind the other, not yet driven.
     corrected : whether the drift is that of the Stratonovich equation with the same solution as this Ito equation.
     law, kept : the path's law, and how many arrays at the end of the constants are its own, before t0 and t1.
-    dt, steps : step size, and number of steps.
+    dt, steps : step size, and number of steps; free steps have neither.
+    additive : whether g does not depend on u.
     dtype : of the state, and so of all that the stages are told.
     """
 
@@ -191,15 +194,22 @@ class NoisyField(Field):
     squares: bool
     law: Any
     kept: int
-    dt: float
+    dt: float | None
     steps: int
+    additive: bool
     dtype: Any
     corrected: bool = False
     pieces: bool = False
 
+    @property
+    def free(self) -> bool:
+        """Whether steps of any size may be taken."""
+        return self.dt is None
+
     def argument(self, be: Backend, t: Any) -> Array:
         like = be.asarray([0.0], dtype=self.dtype, device=be.device(be.asarray(t)))
-        return be.xp.concat([be.vector([t], like), be.vector([1.0] * (1 + self.m * (1 + self.squares)), like)])
+        more = self.squares * (1 if self.acts == "all" else self.m)
+        return be.xp.concat([be.vector([t], like), be.vector([1.0] * (1 + self.m + more), like)])
 
     def bind(self, be: Backend, theta: tuple[Array, ...], constants: tuple[Array, ...]) -> DrivenRHS:
         k = self.p.count
@@ -207,25 +217,31 @@ class NoisyField(Field):
 
 
 class DrivenRHS:
-    """`rhs(a, u) = delta f + g w + (g_u g) v` at `a = [t, delta, w, v]`."""
+    """`rhs(a, u) = delta f + g w + (g_u g) v` at `a = [t, delta, w, v]`; the last term as `_squares` has it."""
 
     def __init__(self, field: NoisyField, be: Any, p: Any, captured: tuple[Array, ...], constants: Any) -> None:
         self.field, self.be, self.p, self.captured, self.constants = field, be, p, captured, constants
 
     def __call__(self, a: Array, u: Array) -> Array:
-        field, be, m = self.field, self.be, self.field.m
-        t = a[0]
+        field, be, t = self.field, self.be, a[0]
         f, g = self.parts(be, t, u)
         if field.pieces:
             return be.xp.concat([f, be.xp.reshape(g, (-1,))])
         out = self.combined(a, f, g)
         if field.squares:
-            through = be.differentiable()
-            along = be.along(lambda v: self.parts(through, t, v)[1], u, g)
-            out = out + self.driven(along, a[2 + m:])
+            out = out + self._squares(a, t, u, g)
         if field.corrected:
             out = out - (0.5 * a[1]) * self._correction(t, u, g)
         return out
+
+    def _squares(self, a: Array, t: Array, u: Array, g: Array) -> Array:
+        """The term of Milstein's method; for general noise `v (g w)_u (g w) - delta/2 sum_k (g_k)_u g_k`."""
+        m, through = self.field.m, self.be.differentiable()
+        w, v = a[2:2 + m], a[2 + m:]
+        if self.field.acts != "all":
+            return self.driven(self.be.along(lambda x: self.parts(through, t, x)[1], u, g), v)
+        twice = self.be.along(lambda x: self.driven(self.parts(through, t, x)[1], w), u, self.driven(g, w))
+        return v[0] * twice - (0.5 * a[1]) * self._correction(t, u, g)
 
     def _correction(self, t: Array, u: Array, g: Array) -> Array:
         """`sum_k (g_k)_u g_k`, twice the difference of the two drifts; g as in `parts`."""
@@ -267,28 +283,58 @@ class DrivenRHS:
             return self.be.xp.reshape(ct[:, None] * self.be.xp.astype(w, ct.dtype)[None, :], (-1,))
         return ct * w if self.field.acts == "each" else ct * w[0]
 
-    def stages(self, scheme: Scheme) -> Callable[[Scalar], Array]:
-        """`t -> (s, 2 + m ...)`: the first arguments of the stages of the step that starts at `t`."""
+    def stages(self, scheme: Scheme) -> Callable[[Scalar, Scalar], Array]:
+        """`(t, h) -> (s, 2 + m ...)`: the first arguments of the stages of the step from `t` to `t + h`."""
         field, be, xp = self.field, self.be, self.be.xp
-        *arrays, t0, t1 = self.constants[-field.kept - 2:]
+        *_, t0, t1 = self.constants[-field.kept - 2:]
+        if field.dt is None:
+            def drive(t: Scalar, h: Scalar) -> Array:
+                s = be.vector([t, t + 0.5 * h, t + h], t0)
+                h = be.vector([h], t0)[:, None]
+                return self._arguments(scheme, s[:1], h, *self._path(s, 2))[0, ...]
+
+            return drive
         n = be.asarray(range(field.steps + 1), dtype=t0.dtype, device=be.device(t0))
         s = xp.minimum(t0 + field.dt * n, t1)
-        W, A = field.law(be, tuple(arrays), field.m, s)
         h = s[1:] - s[:-1]
         h = xp.where(h > 0.0, h, xp.full_like(h, field.dt))[:, None]
-        dW = W[1:, :] - W[:-1, :]
-        H = (A[1:, :] - A[:-1, :]) / h - W[:-1, :] - 0.5 * dW
+        arguments = self._arguments(scheme, s[:-1], h, *self._path(s, 1))
+        start, dt = be.scalar(t0), field.dt
+        return lambda t, h: be.pick(arguments, (be.scalar(t) - start) / dt)
+
+    def _path(self, s: Array, parts: int) -> tuple[Array, Array]:
+        """Increments over intervals that `s` divides into so many parts each, `(k, parts, m)`, and the integrals of the
+        path from the start of each interval on, `(k, m)`."""
+        field, xp = self.field, self.be.xp
+        W, A = field.law(self.be, tuple(self.constants[-field.kept - 2:-2]), field.m, s)
+        k = (s.shape[0] - 1) // parts
+        length = xp.reshape(s[parts::parts] - s[:-1:parts], (k, 1))
+        return (xp.reshape(W[1:, :] - W[:-1, :], (k, parts, field.m)),
+                A[parts::parts, :] - A[:-1:parts, :] - length * W[:-1:parts, :])
+
+    def _arguments(self, scheme: Scheme, t: Array, h: Array, parts: Array, area: Array) -> Array:
+        """First arguments of the stages, `(k, s, 2 + m ...)`, of steps from `t` `(k,)` of sizes `h` `(k, 1)`."""
+        xp = self.be.xp
+        dW = xp.sum(parts, axis=1)
+        H = area / h - 0.5 * dW
         rows = []
-        for c, delta, alpha, beta in zip(scheme.tableau.c, scheme.delta, scheme.alpha, scheme.beta, strict=True):
-            row = [s[:-1, None] + c * h, xp.full_like(h, delta), (alpha * dW + beta * H) / h]
-            rows.append(xp.concat(row + [0.5 * (dW * dW / h - 1.0)] * scheme.squares, axis=1))
-        arguments = xp.astype(xp.stack(rows, axis=1), field.dtype)
-        start = be.scalar(t0)
-        return lambda t: be.pick(arguments, (be.scalar(t) - start) / field.dt)
+        for i, c in enumerate(scheme.times):
+            w = scheme.alpha[i] * dW + scheme.beta[i] * H
+            if scheme.gamma:
+                w = w + scheme.gamma[i] * (parts[:, 0, :] - parts[:, 1, :])
+            row = [t[:, None] + c * h, xp.full_like(h, scheme.delta[i]), w / h]
+            v = 0.5 * h if self.field.acts == "all" else 0.5 * (dW * dW / h - 1.0)
+            rows.append(xp.concat(row + [v] * scheme.squares, axis=1))
+        return xp.astype(xp.stack(rows, axis=1), self.field.dtype)
+
+
+def levels(dt: float | None, steps: int) -> int:
+    """How often the tree of a key is halved: until there is a part for each step, or often enough for any step."""
+    return FREE if dt is None else min(DEEPEST, max(0, (steps - 1).bit_length()))
 
 
 def drive(be: Any, prob: SDEProblem, method: StochasticMethod, base: Field, g: Any, like: Array, t0: Array, t1: Array,
-          dt: float, steps: int) -> tuple[NoisyField, tuple[Array, ...]]:
+          dt: float | None, steps: int) -> tuple[NoisyField, tuple[Array, ...]]:
     """The driven field, and the arrays that it finds at the end of the constants; `g` is `g` at the start."""
     acts, m = action(be, prob, base, g)
     if be.is_complex(like):
@@ -300,11 +346,11 @@ def drive(be: Any, prob: SDEProblem, method: StochasticMethod, base: Field, g: A
                          f"tspan=({min(c0, c1):g}, {max(c0, c1):g})")
     path = prob.brownian
     if path is None:
-        law: Any = Tree(min(DEEPEST, max(0, (steps - 1).bit_length())))
+        law: Any = Tree(levels(dt, steps))
         arrays: tuple[Array, ...] = (words(be, prob.key), t0, t1)
     else:
         law, arrays = path.law, path.arrays(be, like)
         check_path(be, path, m, dt, c0, c1)
     field = NoisyField(base.f, base.u, base.p, base.captured, acts=acts, m=m, squares=method.scheme.squares, law=law,
-                       kept=len(arrays), dt=dt, steps=steps, dtype=like.dtype)
+                       kept=len(arrays), dt=dt, steps=steps, additive=prob.noise == "additive", dtype=like.dtype)
     return field, (*arrays, t0, t1)

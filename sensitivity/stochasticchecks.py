@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 from .backend import Array
@@ -37,7 +38,7 @@ def method_for(prob: Any, method: Any) -> StochasticMethod:
     return method
 
 
-def check_steps(options: dict[str, Any]) -> None:
+def check_steps(method: StochasticMethod, options: dict[str, Any]) -> None:
     """Raise what `controller`, `dt`, `dtmin`, `dtmax`, `tstops` and `events` cannot be for an SDE."""
     if options["events"] is not None:
         raise UnsupportedCombination("events cannot be used with an SDEProblem",
@@ -45,18 +46,21 @@ def check_steps(options: dict[str, Any]) -> None:
                                      "remake(u0=..., tspan=...) at known times")
     controller = options["controller"]
     if controller is not None and controller.adaptive:
-        raise UnsupportedCombination(f"controller={type(controller).__name__} cannot be used with an SDEProblem",
-                                     "the methods for SDEs here have no error estimate", "dt=0.01")
+        if not method.adaptive:
+            raise UnsupportedCombination(f"{method.name} has no error estimate to control steps with",
+                                         "only StochasticHeun compares its steps with halves of them",
+                                         "dt=0.01, or StochasticHeun() for a Stratonovich problem")
+        return
     if options["dt"] is None:
-        raise InputError("an SDEProblem takes fixed steps and dt was not given", "there is no error estimate",
-                         "dt=0.01")
+        raise InputError("an SDEProblem takes fixed steps and dt was not given", "nothing else says how long they are",
+                         "dt=0.01, or StochasticHeun() with controller=PIController()")
     for name in ("dtmin", "dtmax", "tstops"):
         if options[name] is not None:
-            raise UnsupportedCombination(f"{name} cannot be used with an SDEProblem",
+            raise UnsupportedCombination(f"{name} cannot be used with an SDEProblem and fixed steps",
                                          "all steps but the last are equal", "dt= alone; remake(tspan=...) for a stop")
 
 
-def check_path(be: Any, path: Any, m: int, dt: float, t0: float | None, t1: float | None) -> None:
+def check_path(be: Any, path: Any, m: int, dt: float | None, t0: float | None, t1: float | None) -> None:
     if path.width is not None and path.width != m:
         raise InputError(f"brownian has {path.width} columns, the problem has {m} noises",
                          "each noise has its own path", f"W of shape (len(ts), {m})")
@@ -67,7 +71,7 @@ def check_path(be: Any, path: Any, m: int, dt: float, t0: float | None, t1: floa
             raise InputError(f"brownian covers ({known[0]:g}, {known[1]:g}), tspan is ({t0:g}, {t1:g})",
                              "a path is not continued outside", "a path over all of tspan")
     tol = getattr(path, "tol", None)
-    if tol is not None and tol > dt * (1.0 + 1e-9):
+    if tol is not None and dt is not None and tol > dt * (1.0 + 1e-9):
         raise InputError(f"tol={tol:g} of VirtualBrownianTree is larger than dt={dt:g}",
                          "increments of smaller intervals would not be independent", f"tol={dt / 4:g}")
 
@@ -139,7 +143,24 @@ def _check_squares(be: Any, prob: Any, t: Any, u: Any, p: Any) -> None:
         return _vector(through, prob.g(t, through.unflatten(structure, parts), p))
 
     v = be.xp.concat([be.xp.reshape(x, (-1,)) for x in leaves])
-    check_derivative(be, flat, v, "Milstein", prob.noise == "diagonal", "EulerMaruyama()")
+    if prob.noise != "general":
+        return check_derivative(be, flat, v, "Milstein", prob.noise == "diagonal", "EulerMaruyama()")
+    m = be.flatten(prob.g(t, u, p))[0][0].shape[-1]
+
+    def column(k: int) -> Any:
+        return lambda v: through.xp.reshape(flat(v), (-1, m))[:, k]
+
+    with be.quiet():
+        g = [column(k)(v) for k in range(m)]
+    for k in range(m):
+        check_derivative(be, column(k), v, "Milstein", False, "EulerMaruyama()")
+    for j, k in combinations(range(m), 2):
+        one, other = be.along(column(j), v, g[k]), be.along(column(k), v, g[j])
+        with be.quiet():
+            if not be.rms(one - other) <= 1e-6 * (be.rms(one) + be.rms(other)):
+                raise UnsupportedCombination("Milstein with noise='general' needs noise that commutes",
+                                             f"columns {j} and {k} of g do not: (g_{j})_u g_{k} is not (g_{k})_u g_{j}",
+                                             "EulerMaruyama()")
 
 
 def check_entries(run: Any, x: Any, name: str) -> None:

@@ -3,10 +3,11 @@
 A step over `[t, t + h]` sees the increment `dW` and the space-time Levy area `H` of the path there. Its stages evaluate
 
     F_i(U) = delta_i f(t + c_i h, U) + g(t + c_i h, U) w_i + (g_u g)(t + c_i h, U) v,
-    w_i = (alpha_i dW + beta_i H) / h,   v = (dW^2 / h - 1) / 2,
+    w_i = (alpha_i dW + beta_i H + gamma_i D) / h,   v = (dW^2 / h - 1) / 2,
 
-so that the formulas of `explicit.py`, their transposes and their tangents serve with `h F_i` in place of `h f`. The
-last term belongs to Milstein's method alone. Between the nodes, output is linear.
+where D is the increment over the first half of the step less that over the second, so that the formulas of
+`explicit.py`, their transposes and their tangents serve with `h F_i` in place of `h f`. The last term belongs to
+Milstein's method alone. Between the nodes, output is linear.
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ from .tableaus import Tableau
 
 @dataclass(frozen=True)
 class Scheme:
-    """Coefficients: a tableau, and for every stage `delta`, `alpha`, `beta`; `squares` asks for the term with `v`."""
+    """Coefficients: a tableau, and for every stage `delta`, `alpha`, `beta`, and `gamma` if the halves of steps are
+    seen; `extra` are times of stages behind those of the tableau, `squares` asks for the term with `v`."""
 
     tableau: Tableau
     delta: tuple[float, ...]
     alpha: tuple[float, ...]
     beta: tuple[float, ...]
     squares: bool = False
+    gamma: tuple[float, ...] = ()
+    extra: tuple[float, ...] = ()
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Where in the step the stages lie, those beside the tableau too."""
+        return self.tableau.c[:len(self.delta) - len(self.extra)] + self.extra
 
     @classmethod
     def of(cls, tableau: Tableau, squares: bool = False) -> Scheme:
@@ -43,6 +52,14 @@ class Scheme:
 EULER = Scheme.of(tableaus.EULER)
 MILSTEIN = Scheme.of(tableaus.EULER, squares=True)
 HEUN = Scheme.of(replace(tableaus.HEUN, error=None, dense=((0.5,), (0.5,)), dense_order=1))
+
+# Two steps of Heun's method over the halves of a step, and the two stages of one over the whole, for the estimate of
+# the error; row 4 of the tableau is the place of that estimate among the stages.
+HALVES = Scheme(
+    Tableau(a=((), (0.5,), (0.25, 0.25), (0.25, 0.25, 0.5), ()), b=(0.25, 0.25, 0.25, 0.25, 0.0),
+            c=(0.0, 0.5, 0.5, 1.0, 0.0), order=1, dense=((0.25,), (0.25,), (0.25,), (0.25,), (0.0,)), dense_order=1),
+    delta=(1.0,) * 6, alpha=(1.0,) * 6, beta=(0.0,) * 6, gamma=(1.0, 1.0, -1.0, -1.0, 0.0, 0.0), extra=(0.0, 1.0))
+MADE = Tableau(a=HALVES.tableau.a[:4], b=HALVES.tableau.b[:4], c=HALVES.tableau.c[:4], order=1)
 
 # Foster, dos Reis, Strange 2023, "ShARK": U_1 = u + g H, U_2 = U_1 + 5/6 (h f(U_1) + g dW),
 # u1 = u + h (2/5 f(U_1) + 3/5 f(U_2)) + g dW. Row 0 is g H / h alone. With w_1 = (dW + 3H) / h, w_2 = (dW - 2H) / h the
@@ -62,7 +79,7 @@ class Driven(Explicit):
         self.drive = rhs.stages(scheme)
 
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
-        return explicit.step(self.be, self.tab, self.rhs, t, h, u, k, self.drive(t))
+        return explicit.step(self.be, self.tab, self.rhs, t, h, u, k, self.drive(t, h))
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
             state: Adjoint, add: Any = None) -> Adjoint:
@@ -70,14 +87,72 @@ class Driven(Explicit):
         if time:
             raise UnsupportedCombination(*undefined("time"))
         return explicit.step_vjp(self.be, self.tab, pull, record, out, last, time, state,
-                                 times=self.drive(record.t))
+                                 times=self.drive(record.t, record.h))
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:
         if dt is not None:
             raise UnsupportedCombination(*undefined("time"))
         return explicit.step_jvp(self.be, self.tab, push, record, dt, dh, state,
-                                 times=self.drive(record.t))
+                                 times=self.drive(record.t, record.h))
+
+
+class Halved(Driven):
+    """Heun's method with error control: two half steps, and the difference to one whole step as the estimate.
+
+    Of a record, the last row of the stages holds that difference, divided by the step size.
+    """
+
+    def __init__(self, be: Any, rhs: Any) -> None:
+        super().__init__(be, HALVES, rhs)
+
+    @property
+    def error_order(self) -> float:  # type: ignore[override]
+        """Of the error of a step on a path: 3/2 for noise that commutes."""
+        return 1.0 if self.rhs.field.acts == "all" and not self.rhs.field.additive else 1.5
+
+    def derivative(self, t: Any, u: Array) -> Array:
+        """Drift and noise of size one, without signs, from which a first step size is guessed."""
+        xp = self.be.xp
+        f, g = self.rhs.parts(self.be, t, u)
+        g = xp.abs(g)
+        return xp.abs(f) + (xp.sum(g, axis=1) if g.ndim == 2 else g)
+
+    def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        be, xp, rows = self.be, self.be.xp, self.drive(t, h)
+        u1, K = explicit.step(be, MADE, self.rhs, t, h, u, None, be.permuted(rows, (0, 1, 2, 3)))
+        a = self.rhs(rows[4], u)
+        b = self.rhs(rows[5], be.combine(u, h, (1.0,), a[None, :]))
+        whole = be.combine(None, 1.0, (0.25, 0.25, 0.25, 0.25, -0.5, -0.5), xp.concat([K, a[None, :], b[None, :]]))
+        return u1, xp.concat([K, whole[None, :]])
+
+    def error(self, t: Scalar, h: Scalar, u: Array, K: Array) -> Array:
+        return self.be.combine(None, h, (0.0, 0.0, 0.0, 0.0, 1.0), K)
+
+    def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
+            state: Adjoint) -> Adjoint:
+        if time:
+            raise UnsupportedCombination(*undefined("time"))
+        be, rows = self.be, self.drive(record.t, record.h)
+        if out is not None and out.k is not None:
+            out = out._replace(k=out.k[:4, :])
+        return explicit.step_vjp(be, MADE, pull, record._replace(k=record.k[:4, :]), out, last, time, state,
+                                 times=be.permuted(rows, (0, 1, 2, 3)))
+
+    def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
+            state: Tangent) -> tuple[Tangent, Array]:
+        if dt is not None:
+            raise UnsupportedCombination(*undefined("time"))
+        be, rows = self.be, self.drive(record.t, record.h)
+        new, dK = explicit.step_jvp(be, MADE, push, record._replace(k=record.k[:4, :]), dt, dh, state,
+                                    times=be.permuted(rows, (0, 1, 2, 3)))
+        return new, be.xp.concat([dK, 0.0 * dK[:1, :, :]])
+
+    def evaluations(self, attempts: Any, known: bool) -> Any:
+        return 6 * attempts + (0 if known else 2)
+
+    def products(self, steps: Any, silent: int, size: int) -> Any:
+        return 4 * steps
 
 
 class Reversible(Driven):
@@ -137,7 +212,7 @@ class Reversible(Driven):
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
         assert k is not None
         xp = self.be.xp
-        first, second = self._arguments(t)
+        first, second = self._arguments(t, h)
         y, z = self._parts(u)
         a = self._rate(first, k)
         z1 = 2.0 * y - z + h * a
@@ -145,8 +220,8 @@ class Reversible(Driven):
         b = self._rate(second, k1)
         return xp.concat([y + (0.5 * h) * (a + b), z1]), xp.concat([self._stages(a, b), k, k1])
 
-    def _arguments(self, t: Scalar) -> tuple[Any, Any]:
-        rows = self.drive(t)
+    def _arguments(self, t: Scalar, h: Scalar) -> tuple[Any, Any]:
+        rows = self.drive(t, h)
         return rows[0], rows[1]
 
     def interpolate(self, record: Record, ts: Any) -> Array:
@@ -173,7 +248,7 @@ class Reversible(Driven):
         if time:
             raise UnsupportedCombination(*undefined("time"))
         be = self.be
-        first, second = self._arguments(record.t)
+        first, second = self._arguments(record.t, record.h)
         y, z = self._parts(record.u)
         h = record.h
         y_bar, z_bar = self._parts(state.lam)
@@ -193,7 +268,7 @@ class Reversible(Driven):
             state: Tangent) -> tuple[Tangent, Array]:
         if dt is not None:
             raise UnsupportedCombination(*undefined("time"))
-        first, second = self._arguments(record.t)
+        first, second = self._arguments(record.t, record.h)
         y, z = self._parts(record.u)
         dy, dz = self._parts(state.u)
         h = record.h
@@ -206,7 +281,7 @@ class Reversible(Driven):
 
 @dataclass(frozen=True)
 class StochasticMethod(Method):
-    """Base of the methods for `SDEProblem`; all take fixed steps.
+    """Base of the methods for `SDEProblem`; with fixed steps unless said otherwise.
 
     `interpretation` is the one whose solution a method finds, `noises` are the kinds of noise it is made for.
     """
@@ -232,25 +307,36 @@ class EulerMaruyama(StochasticMethod):
 
 
 class Milstein(StochasticMethod):
-    """Milstein: strong order 1 for diagonal and scalar noise. Ito (Kloeden, Platen, 10.3).
+    """Milstein: strong order 1 for diagonal, scalar and commutative noise. Ito (Kloeden, Platen, 10.3).
 
-    The derivative of g along itself comes from the framework's forward mode. Diagonal noise means that entry i of g
-    depends on entry i of u only.
+    The derivative of g along itself comes from the framework's forward mode, m + 1 products a step for general noise.
+    Diagonal noise means that entry i of g depends on entry i of u only; general noise has to commute,
+    `(g_j)_u g_k = (g_k)_u g_j` for all columns of g.
     """
 
     scheme = MILSTEIN
     interpretation = "ito"
-    noises = ("diagonal", "scalar", "additive")
     references = ("kloeden1992",)
 
 
 class StochasticHeun(StochasticMethod):
     """Heun: strong order 1 for commutative (diagonal, scalar, additive) noise, 1/2 for general noise. Stratonovich
-    (Kloeden, Platen, 15.1; Rumelin 1982)."""
+    (Kloeden, Platen, 15.1; Rumelin 1982).
+
+    With `controller=PIController()` the steps are adaptive: each is made in two halves, and compared with one whole
+    step on the same path. A step that is rejected is tried again on the same path, smaller (Gaines, Lyons 1997).
+    """
 
     scheme = HEUN
     interpretation = "stratonovich"
-    references = ("rumelin1982",)
+    references = ("rumelin1982", "gaines1997")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    def bind(self, be: Any, rhs: Any, dense: bool, jac: Any = None, mass: Any = None) -> Stepper:
+        return Halved(be, rhs) if rhs.field.free else Driven(be, self.scheme, rhs)
 
 
 class ReversibleHeun(StochasticMethod):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from . import probe as first_call
 from .backend import Array
+from .control import FixedStep
 from .kinds import Ordinary, Start
-from .stochastic import Pair, Stochastic, drive
+from .stochastic import FREE, Pair, Stochastic, drive
 from .stochasticchecks import check_diffusion, check_steps, method_for
 from .system import Field, Products
 
@@ -17,8 +19,11 @@ class Noisy(Ordinary):
 
     def method(self, alg: Any, steps: dict[str, Any]) -> Any:
         method = method_for(self.prob, alg)
-        check_steps(steps)
+        check_steps(method, steps)
         return method
+
+    def controller(self, given: Any) -> Any:
+        return FixedStep() if given is None else given
 
     def function(self, start: Start, method: Any, events: Any, probe: str,
                  wrt: tuple[str, ...] | None) -> tuple[Any, tuple[Array, ...]]:
@@ -35,9 +40,17 @@ class Noisy(Ordinary):
 
     def driven(self, start: Start, method: Any, field: Field, t1: Array, dt: float | None,
                capacity: int) -> tuple[Field, tuple[Array, ...]]:
-        assert dt is not None
         self.special = Stochastic.of(start.be, self.prob, dt)
         return drive(start.be, self.prob, method, field, self.diffusion, start.u0, start.t0, t1, dt, capacity)
+
+    def finished(self, run: Any) -> Any:
+        """No adaptive step is smaller than what the path tells apart."""
+        path, span = self.prob.brownian, self.prob.tspan
+        least = getattr(path, "tol", 0.0)
+        if path is None:
+            known = [run.be.concrete(t) for t in span]
+            least = 0.0 if None in known else (known[1] - known[0]) * 2.0**-FREE
+        return replace(run, dtmin=max(run.dtmin or 0.0, least) or None) if run.controller.adaptive else run
 
     def products(self) -> Products:
         return Products()

@@ -142,6 +142,8 @@ SLOW_ON_JAX = (
     "test_exact_for_a_rosen",
     "test_ensembles_of_paths[jax-R",
     "test_gradients_of_ensembles",
+    "test_exact_algorithms_agree_on",
+    "test_backends_take_the_same_steps",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

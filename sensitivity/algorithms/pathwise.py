@@ -61,14 +61,14 @@ class Backwards:
 
     def along(self, t: Scalar, h: Scalar, u0: Array, state: Back) -> Back:
         """From `t + h` to `t`, between states that are known."""
-        rows = self.drive(t)
+        rows = self.drive(t, h)
         P1, Q1, _ = self.pull(rows[1], state.u, state.lam)
         P0, Q0, _ = self.pull(rows[0], u0, self._moved(state.lam, h, P1))
         return self._new(h, u0, state, (P1, P0), (Q1, Q0))
 
     def back(self, t: Scalar, h: Scalar, state: Back) -> Back:
         """From `t + h` to `t`, the state with the rest."""
-        rows = self.drive(t)
+        rows = self.drive(t, h)
         F1, pull = self.at(rows[1], state.u)
         P1, Q1, _ = pull(state.lam)
         F0, pull = self.at(rows[0], self._moved(state.u, -h, F1))

@@ -117,9 +117,9 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
 
         def increment(m: Any) -> tuple[Any, Array]:
             """Size of step m and what the path does in it; nothing, if there is no such step."""
-            t = node(be.least(be.greatest(m, 0), end.accepted - 1))
+            t = node(be.least(be.greatest(m, 0), end.accepted - 1))  # where there is a step
             h = be.choose((m >= 0) & (m < end.accepted), node(m + 1) - node(m), 0.0)
-            return h, be.vector([h], x.u0) * drive(t)[0, 2:2 + noises]
+            return h, be.vector([h], x.u0) * drive(t, h)[0, 2:2 + noises]
 
         def undo(state: Undone, i: tuple[Any]) -> tuple[Undone, float]:
             y, z, y_bar, z_bar, theta = state
