@@ -280,6 +280,36 @@ def test_equals_direct_for_sdes(lab, name, noise, saves):
                                atol=1e-12)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["few-parameters", "many-parameters"])
+@pytest.mark.parametrize(("name", "noise"), [("EulerMaruyama", "scalar"), ("Milstein", "diagonal"),
+                                             ("StochasticHeun", "diagonal"), ("ShARK", "additive")])
+def test_recorded_steps(torch_lab, name, noise, wide):
+    """Large states, whose steps are recorded, and many parameters, whose products are made for many stages at once."""
+    torch, n = torch_lab.xp, 40
+    net = torch.nn.Linear(n, n, dtype=torch.float64)
+    method = getattr(sa, name)()
+
+    def f(t, u, p):
+        return p[0] * torch.tanh(net(u) if wide else u)
+
+    def g(t, u, p):
+        return p[1] * (torch.cos(t) * torch.ones(n, dtype=torch.float64) if noise == "additive" else torch.cos(u))
+
+    p = torch.tensor([0.5, 0.3], dtype=torch.float64, requires_grad=True)
+    prob = sa.SDEProblem(f, g, torch.ones(n, dtype=torch.float64), (0.0, 1.0), p, noise=noise,
+                         interpretation=method.interpretation)
+
+    def gradients(sensealg):
+        u = sa.solve(prob, method, dt=0.15, sensealg=sensealg, saveat=3).u
+        return torch.autograd.grad((u**2).sum(), [p, *(net.parameters() if wide else ())])
+
+    exact = gradients(sa.DirectAdjoint())
+    for sensealg in (sa.RecursiveCheckpointAdjoint(), sa.RecursiveCheckpointAdjoint(checkpoints=2)):
+        for a, b in zip(gradients(sensealg), exact, strict=True):
+            assert b.abs().max() > 0.0
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("saves", [None, 3, "steps", "ts"], ids=str)
 def test_undone_steps(lab, saves):
     """Without stored states the gradient is that of the discrete adjoint, to the round-off of undoing nine steps."""

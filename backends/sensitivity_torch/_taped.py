@@ -15,6 +15,7 @@ from sensitivity.backend import Record
 from sensitivity.explicit import Explicit
 from sensitivity.methods import RungeKutta
 from sensitivity.stepper import Adjoint
+from sensitivity.stochasticmethods import Driven, ReversibleHeun, StochasticMethod
 from sensitivity.vjp import ReverseVJP
 
 from . import _ahead, _autodiff, _levels
@@ -26,10 +27,16 @@ BLOCK = 64
 
 def suits(algorithm, run, x, wanted):
     """Whether the steps of this solve can be recorded."""
-    return (type(algorithm) is RecursiveCheckpointAdjoint and isinstance(run.method, RungeKutta) and not run.events
+    return (type(algorithm) is RecursiveCheckpointAdjoint and _explicit(run) and not run.events
             and type(run.vjp) is ReverseVJP and not wanted & {"t0", "t1", "saveat"} and not x.u0.is_complex()
             and x.u0.shape[0] > _ahead.LARGEST and not _levels.active()
             and torch._C._autograd._saved_tensors_hooks_is_enabled())  # not inside torch.func transforms
+
+
+def _explicit(run):
+    """Whether steps are stages of a tableau and nothing else, with or without noise."""
+    noisy = isinstance(run.method, StochasticMethod) and not isinstance(run.method, ReversibleHeun)
+    return isinstance(run.method, RungeKutta) or (noisy and not run.controller.adaptive)
 
 
 def forward(algorithm, run, x, wanted):
@@ -74,7 +81,9 @@ class Tape:
         self.run = replace(run, method=self)
 
     def bind(self, be, rhs, dense, jac=None):
-        return Taped(be, self.method.tableau(dense), rhs, self)
+        if isinstance(self.method, RungeKutta):
+            return Taped(be, self.method.tableau(dense), rhs, self)
+        return TapedDriven(be, self.method.scheme, rhs, self)
 
     def defer(self, stages):
         """Stages `(t, u, k, ct)` whose products with the parameters are due later."""
@@ -85,7 +94,7 @@ class Tape:
     def flush(self):
         t, *columns = zip(*self.block, strict=True)
         u, k, ct = (torch.stack(column).detach() for column in columns)
-        t = torch.tensor(t, dtype=u.dtype, device=u.device)
+        t = torch.stack(t) if isinstance(t[0], torch.Tensor) else torch.tensor(t, dtype=u.dtype, device=u.device)
         self.block = []
         bars = _parameter_products(self.field, self.theta, t, u, k, ct, self.captured)
         self.sums = bars if self.sums is None else [a if b is None else b if a is None else a.add_(b)
@@ -127,8 +136,8 @@ class Taped(Explicit):
 
     def recorded(self, t, h, u, k):
         """A step with a record of its stages on `K`."""
-        be, tab, rhs = self.be, self.tab, self.tape.rhs
-        times = be.times(t, h, tab.c)
+        tab, rhs = self.tab, self.tape.rhs
+        times = self.times(t, h)
         with torch.enable_grad():
             v = u_leaf = u.detach().requires_grad_()
             k_leaf = None if k is None else k.detach().requires_grad_()
@@ -140,7 +149,15 @@ class Taped(Explicit):
                 rows.append(rhs(times[i], v))
         K = torch.stack(rows) if len(rows) > 1 else rows[0].detach().unsqueeze(0)
         K.recorded = Recorded(u_leaf, k_leaf, points, rows, self.tape.leaves)
-        return v.detach() if tab.fsal else be.combine(u, h, tab.b, K), K
+        return v.detach() if tab.fsal else self.be.combine(u, h, tab.b, K), K
+
+    def times(self, t, h):
+        """The first arguments of the stages."""
+        return self.be.times(t, h, self.tab.c)
+
+    def places(self, t, h):
+        """The same as the loops keep them."""
+        return [t + c * h for c in self.tab.c]
 
     def vjp(self, pull, record, out, last, time, state):
         be, tab, tape = self.be, self.tab, self.tape
@@ -165,7 +182,7 @@ class Taped(Explicit):
         if out is not None and out.u is not None:
             lam = lam + out.u
         if tape.deferred:
-            times = [t + c * h for c in tab.c[int(tab.fsal):]]
+            times = self.places(t, h)[int(tab.fsal):]
             stages = zip(times, recorded.points, rows, bars, strict=True)
             tape.defer([stage for stage in stages if stage[-1] is not None])
         elif tape.params:
@@ -175,6 +192,19 @@ class Taped(Explicit):
     def _again(self, record):
         t, h, u, K = record
         return self.recorded(t, h, u, K[0] if self.tab.fsal else None)[1].recorded
+
+
+class TapedDriven(Taped, Driven):
+    """The same for stages that are driven by a path."""
+
+    def __init__(self, be, scheme, rhs, tape):
+        Driven.__init__(self, be, scheme, rhs)
+        self.tape, self.weights = tape, be._rows(self.tab.a)
+
+    def times(self, t, h):
+        return self.drive(t, h).unbind()
+
+    places = times
 
 
 def _parameter_products(field, theta, t, u, k, ct, captured):

@@ -23,7 +23,7 @@ def algorithm(name: str):
 def method(problem: Problem):
     """The solver and its keywords."""
     if problem.g is not None:
-        return sa.EulerMaruyama(), {"dt": problem.dt}
+        return getattr(sa, problem.method or "EulerMaruyama")(), {"dt": problem.dt}
     if problem.dt is not None:
         return sa.Euler(), {"dt": problem.dt, "controller": sa.FixedStep()}
     options = {"rtol": problem.tol, "atol": problem.small * problem.tol, "saveat": problem.saveat,
@@ -43,7 +43,8 @@ def solution(name: str, problem: Problem) -> Callable:
             history, lags = problem.past
             prob = sa.DDEProblem(problem.f, u0, history, problem.tspan, p, lags=lags)
         if problem.g is not None:
-            prob = sa.SDEProblem(problem.f, problem.g, u0, problem.tspan, p)
+            prob = sa.SDEProblem(problem.f, problem.g, u0, problem.tspan, p,
+                                 interpretation="stratonovich" if problem.method else "ito")
         return sa.solve(prob, alg, sensealg=algorithm(name), **options).u
 
     return solve

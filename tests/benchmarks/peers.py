@@ -11,7 +11,7 @@ from problems import Problem, jax_gradient, parameters, torch_gradient
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
     library, variant = name.split(".")
     sides = {"bare": bare, "casadi": casadi, "diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode,
-             "scipy": scipy, "differences": differences}  # fmt: skip
+             "torchsde": torchsde, "scipy": scipy, "differences": differences}  # fmt: skip
     return sides[library](variant, problem)
 
 
@@ -30,7 +30,8 @@ def diffrax(adjoint: str, problem: Problem):
     import diffrax
 
     fixed = problem.dt is not None
-    solver = diffrax.Euler() if fixed else diffrax.Kvaerno5() if problem.stiff else diffrax.Tsit5()
+    stepping = diffrax.Heun() if problem.g is not None and problem.method else diffrax.Euler()
+    solver = stepping if fixed else diffrax.Kvaerno5() if problem.stiff else diffrax.Tsit5()
     tolerances = {"rtol": problem.tol, "atol": problem.small * problem.tol}
     controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(**tolerances)
     saveat = diffrax.SaveAt(t1=True) if problem.saveat is None else diffrax.SaveAt(ts=problem.saveat)
@@ -144,6 +145,41 @@ def torchode(variant: str, problem: Problem):
         initial = torchode.InitialValueProblem(y0=u0[None] if single else u0, t_eval=times.expand(batch, -1))
         u = solver.solve(initial, dt0=dt0, args=p).ys
         return u[:, -1:] if problem.saveat is None else u
+
+    return torch_gradient(problem, solve)
+
+
+def torchsde(variant: str, problem: Problem):
+    """By backpropagation (`sdeint`), or by the adjoint, that of reversible Heun where that is the method."""
+    import torch
+    import torchsde
+
+    times = torch.tensor(problem.tspan, dtype=torch.float64)
+    method = {None: "euler", "StochasticHeun": "heun", "ReversibleHeun": "reversible_heun"}[problem.method]
+    flat = problem.u0.ndim == 1
+
+    class Equation(torch.nn.Module):
+        noise_type = "diagonal"
+        sde_type = "stratonovich" if problem.method else "ito"
+
+        def __init__(self, p):
+            super().__init__()
+            self.p = p
+
+        def f(self, t, u):
+            return problem.f(t, u, self.p)
+
+        def g(self, t, u):
+            return problem.g(t, u, self.p)
+
+    options = {"dt": problem.dt, "method": method}
+    if variant == "sdeint_adjoint":
+        options["adjoint_method"] = "adjoint_reversible_heun" if method == "reversible_heun" else method
+
+    def solve(p, u0):
+        extra = {"adjoint_params": tuple(parameters(p))} if variant == "sdeint_adjoint" else {}
+        u = getattr(torchsde, variant)(Equation(p), u0[None] if flat else u0, times, **options, **extra)
+        return u[-1] if flat else u[-1:]
 
     return torch_gradient(problem, solve)
 

@@ -96,7 +96,7 @@ class Problem(NamedTuple):
     pattern: Any = None  # of the Jacobian, as a SciPy sparse matrix
     method: str | None = None  # ours, where it is not Kvaerno5 for a stiff problem or Tsit5
     past: tuple[Callable, Callable] | None = None  # history and lags; f is then f(t, u, h, p)
-    g: Callable | None = None  # diagonal noise (Ito), by Euler and Maruyama with step dt
+    g: Callable | None = None  # diagonal noise, with step dt; Ito by Euler and Maruyama, or Stratonovich by `method`
 
 
 def jax_gradient(problem: Problem, solve: Callable) -> Callable[[], object]:
@@ -332,8 +332,24 @@ def geometric_motion(ops: Ops) -> Problem:
                    g=lambda t, u, p: 1e-9 * u)
 
 
+def neural_noise(ops: Ops, method: str) -> Problem:
+    """A neural equation with a network for the drift and one for the noise, 32 members of 4 entries, 100 steps, in the
+    sense of Stratonovich; the noise is too faint to tell paths apart."""
+    p = layers(ops, (4, 32, 4), 1.0) + layers(ops, (4, 32, 4), 1.0)
+
+    def f(t, u, p):
+        return perceptron(ops, ops.tanh, u, p[:4])
+
+    def g(t, u, p):
+        return 1e-9 * perceptron(ops, ops.tanh, u, p[4:])
+
+    return Problem(f, initial_states(ops, 32, 4), (0.0, 1.0), p, mean_square, dt=0.01, g=g, method=method)
+
+
 PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
     "noise-96": geometric_motion,
+    "neural-noise-heun": lambda ops: neural_noise(ops, "StochasticHeun"),
+    "neural-noise-reversible": lambda ops: neural_noise(ops, "ReversibleHeun"),
     "lotka-volterra": lotka_volterra,
     "robertson": robertson,
     "pollu": pollu,
@@ -377,6 +393,8 @@ REFERENCE = {
 
 _recursive, _backsolve = "diffrax.RecursiveCheckpointAdjoint", "diffrax.BacksolveAdjoint"
 
+_backprop, _adjoint = "torchsde.sdeint", "torchsde.sdeint_adjoint"
+
 ROWS: dict[str, list[Row]] = {
     "jax": [
         Row("lotka-volterra", "gradient", "auto", _recursive, 8),
@@ -413,6 +431,8 @@ ROWS: dict[str, list[Row]] = {
         Row("euler-mlp-100", "gradient", "InterpolatingAdjoint", _backsolve),
         Row("noise-96", "gradient", "RecursiveCheckpointAdjoint", _recursive),
         Row("noise-96", "compile", "RecursiveCheckpointAdjoint", _recursive),
+        Row("neural-noise-heun", "gradient", "RecursiveCheckpointAdjoint", _recursive),
+        Row("neural-noise-heun", "gradient", "BacksolveAdjoint", _backsolve),
         Row("ensemble-1000", "gradient", "auto", _recursive, 2),
         Row("ensemble-1000", "gradient", "RecursiveCheckpointAdjoint", _recursive, 2),
         Row("ensemble-1000", "gradient", "ForwardSensitivity", _backsolve),
@@ -439,6 +459,11 @@ ROWS: dict[str, list[Row]] = {
         Row("euler-mlp-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint"),
+        Row("noise-96", "gradient", "RecursiveCheckpointAdjoint", _backprop),
+        Row("neural-noise-heun", "gradient", "RecursiveCheckpointAdjoint", _backprop),
+        Row("neural-noise-heun", "gradient", "BacksolveAdjoint", _adjoint),
+        Row("neural-noise-reversible", "gradient", "RecursiveCheckpointAdjoint", _backprop),
+        Row("neural-noise-reversible", "gradient", "ReversibleHeunAdjoint", _adjoint),
     ],
     "numpy": [
         Row("lotka-volterra", "forward", "Tsit5", "scipy.RK45"),

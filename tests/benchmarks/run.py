@@ -31,7 +31,7 @@ from problems import OPS, PROBLEMS, REFERENCE, ROWS, Row
 
 PACKAGES = {
     "jax": ("sensealg", "jax", "jaxlib", "diffrax", "equinox"),
-    "torch": ("sensealg", "torch", "torchdiffeq", "torchode"),
+    "torch": ("sensealg", "torch", "torchdiffeq", "torchode", "torchsde"),
     "numpy": ("sensealg", "numpy", "scipy", "casadi"),
     "import": ("sensealg", "numpy", "scipy", "jax", "diffrax", "torch", "torchdiffeq"),
 }
