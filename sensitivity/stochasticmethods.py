@@ -130,7 +130,8 @@ class Halved(Driven):
         return self.be.combine(None, h, (0.0, 0.0, 0.0, 0.0, 1.0), K)
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
-            state: Adjoint) -> Adjoint:
+            state: Adjoint, add: Any = None) -> Adjoint:
+        del add
         if time:
             raise UnsupportedCombination(*undefined("time"))
         be, rows = self.be, self.drive(record.t, record.h)

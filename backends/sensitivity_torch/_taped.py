@@ -159,11 +159,11 @@ class Taped(Explicit):
         """The same as the loops keep them."""
         return [t + c * h for c in self.tab.c]
 
-    def vjp(self, pull, record, out, last, time, state):
+    def vjp(self, pull, record, out, last, time, state, add=None):
         be, tab, tape = self.be, self.tab, self.tape
         t, h, _, K = record
-        if tab.fsal and state.kappa is None and (out is None or out.k is None):
-            return super().vjp(pull, record, out, last, time, state)
+        if add is not None or (tab.fsal and state.kappa is None and (out is None or out.k is None)):
+            return super().vjp(pull, record, out, last, time, state, add)
         recorded, keep = getattr(K, "recorded", None), True
         if recorded is None:
             recorded, keep = self._again(record), tape.captured
