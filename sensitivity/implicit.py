@@ -34,6 +34,7 @@ from .stepper import Adjoint, Stepper, Tangent
 KAPPA = 1e-2
 MOST = 10
 MOST_EXACT = 30
+MOST_REFINED = 20
 RUNNING, CONVERGED, FAILED = 0, 1, 2
 
 
@@ -45,6 +46,15 @@ class Newton(NamedTuple):
     trust: Scalar
     count: Any
     status: Any
+
+
+class Refined(NamedTuple):
+    """An answer, its residual, the size of that beside the terms it is the difference of, and the size before."""
+
+    x: Array
+    r: Array
+    size: Scalar
+    before: Scalar
 
 
 class Solving(Stepper):
@@ -117,6 +127,8 @@ class Implicit(Solving):
 
         xs = (be.times(t, h, tab.c), tuple(range(tab.stages)), guesses)
         (_, _, count), K = be.recursion(tab.a, u, h, xs, row, (slopes, 1.0, 0), k)
+        if getattr(solve, "costly", False):
+            be.keep(K, solve)
         return be.combine(u, h, tab.b, K), K, count
 
     def _stage(self, t: Any, u: Array, base: Array, z: Array, hg: Scalar, solve: Callable | None,
@@ -179,7 +191,41 @@ class Implicit(Solving):
 
     def vjp(self, pull: Any, record: Record, out: Contribution | None, last: Any, time: bool,
             state: Adjoint, add: Any = None) -> Adjoint:
-        return step_vjp(self.be, self.tab, pull, record, out, last, time, state, self._linear, add=add)
+        return step_vjp(self.be, self.tab, pull, record, out, last, time, state, self._transposed(record), add=add)
+
+    def _transposed(self, record: Record) -> Callable:
+        """The transposed equations of the stages. Where factors are costly those of the step serve all, kept or made
+        anew, by iterative refinement (Wilkinson 1963) down to rounding; a stage that gets stuck has its own."""
+        be, (t, h, u, K) = self.be, record
+        back, first = self.jac.back, be.kept(K)
+        if back is None or (first is None and not self.jac.costly):
+            return self._linear
+        first = first or self.system(be.time(t), u, h * self.tab.gamma, exact=True)
+
+        def at(t_i: Any, u_i: Array, h: Scalar) -> Callable:
+            c = h * self.tab.gamma
+
+            def measured(v: Array, x: Array, before: Scalar) -> Refined:
+                left, right = self._weighed_back(x), c * back(t_i, u_i, x)
+                r = v - (left - right)
+                scale = be.rms(v) + be.rms(left) + be.rms(right)
+                return Refined(x, r, be.rms(r) / be.choose(scale > 0.0, scale, 1.0), before)
+
+            def solve(v: Array, transposed: bool = True) -> Array:
+                def improve(s: Refined) -> tuple[Refined, None, Any]:
+                    return measured(v, s.x + first(s.r, transposed=True), s.size), None, False
+
+                def anew(s: Refined) -> tuple[Refined, None, Any]:
+                    return s._replace(x=self._linear(t_i, u_i, h)(v, transposed=True), size=0.0), None, False
+
+                eps = be.eps(v.dtype)
+                start = measured(v, first(v, transposed=True), 1.0)
+                end, _ = be.iterate(improve, start, lambda s: (s.size > eps) & (s.size < 0.5 * s.before), MOST_REFINED)
+                return be.iterate(anew, end, lambda s: (s.size <= 16.0 * eps) == False, 1)[0].x  # noqa: E712
+
+            return solve
+
+        return at
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:

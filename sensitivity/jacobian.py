@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from .backend import Array
 from .errors import UnsupportedCombination
-from .linearsolver import SOLVERS
 from .matrices import Entries, Operator, dense, entries_of, is_sparse
 from .sparsity import Pattern, by_columns
 
@@ -26,7 +25,8 @@ class Jacobian(NamedTuple):
 
     `sparsity` is the pattern, where it is known. `system(t, u, c) -> solve(b, transposed=False)` solves with
     `M - c f_u`, where the structure of the equation offers something better than a factorisation of the whole.
-    `solver` is the user's linear solver; `free` says that there are products only, no matrices.
+    `solver` is the user's linear solver; `free` says that there are products only, no matrices. `back(t, u, v)` is
+    `f_u^T v` where that is cheap beside a factorisation, as `costly` ones are known to be.
     """
 
     near: Any
@@ -35,6 +35,8 @@ class Jacobian(NamedTuple):
     system: Any = None
     solver: Any = None
     free: bool = False
+    back: Any = None
+    costly: bool = False
 
 
 def given(run: Any, x: Any) -> Jacobian | None:
@@ -63,7 +65,13 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
     made = _matrices(run, x, known, pattern)
     if choice == "dense":
         return made._replace(near=lambda *at: dense(be, made.near(*at)), exact=lambda *at: dense(be, made.exact(*at)))
-    return made if choice in SOLVERS else made._replace(solver=choice)
+    if choice not in (None, "sparse"):
+        return made._replace(solver=choice)
+    if be.sparse_lu and run.vjp is not None and run.vjp.transposes:
+        pull = run.vjp.pullback(run, x, params=False)
+        costly = pattern is not None and pattern.structure(be) == "sparse"
+        return made._replace(back=lambda t, u, v: pull(t, u, v)[0], costly=costly)
+    return made
 
 
 def _large(run: Any, known: Jacobian | None, pattern: Pattern | None) -> bool:

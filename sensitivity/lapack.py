@@ -63,4 +63,5 @@ def superlu(A: Any, symmetric: bool | None = None) -> Callable[..., Any]:
         return x.astype(b.dtype, copy=False)
 
     solve.nbytes = 12 * (factors.nnz + A.shape[0])  # type: ignore[attr-defined]
+    solve.costly = True  # type: ignore[attr-defined]
     return solve

@@ -28,7 +28,9 @@ from .kinds import Ordinary, Start
 from .linearsolver import fitting
 from .mass import Mass, mass_of, scaled_products
 from .methods import Method
+from .probe import identity
 from .problems import DDEProblem, ODEProblem
+from .promise import check_pattern
 from .registry import registry
 from .sparsity import pattern_of
 from .stochastic import SDEProblem
@@ -98,7 +100,10 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         max_events=max_events, carried=tuple(tuple(v.shape) for v in theta[:partition.count]) if changes else (),
         interpolated=kind.interpolated, kind=kind.special,
     )
-    return kind.finished(run), Inputs(u0, theta, t0, t1, times, (*constants, *arrays), rtol, atol)
+    x = Inputs(u0, theta, t0, t1, times, (*constants, *arrays), rtol, atol)
+    if sparsity is not None and probe != "off":
+        check_pattern(run, x, identity(be, prob.f)[0], probe)
+    return kind.finished(run), x
 
 
 def _kind(prob: Any, alg: Any) -> Ordinary:

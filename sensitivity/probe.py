@@ -51,7 +51,7 @@ def check(be: Any, prob: Any, t0: Any, u: Any, p: Any, mode: str, wrt: tuple[str
     will run through `f`.
     """
     f = prob.f
-    anchor, same = _identity(be, f)
+    anchor, same = identity(be, f)
     u_leaves, u_structure = be.flatten(u)
     p_leaves, p_structure = be.flatten(p)
     recorded = wrt != () and be.recording()
@@ -92,7 +92,7 @@ def through_ad(prob: Any, sensealg: Any, wrt: tuple[str, ...] | None = None) -> 
 # -- which functions have passed --------------------------------------------------------------------------------------
 
 
-def _identity(be: Any, f: Any) -> tuple[Any, Any]:
+def identity(be: Any, f: Any) -> tuple[Any, Any]:
     """An object whose life and identity stand for `f`, and what else must be equal.
 
     A function that closes over nothing is its code, so that a `lambda` in a loop is checked once. A callable pytree

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
+from weakref import WeakSet
 
 from .backend import Array
 from .errors import InputError
@@ -27,6 +28,7 @@ class Pattern:
     column_colours, row_colours : a number for each column and row; lines of one colour share no entry.
     order : the numbering in which the band is narrow, or None for the given one.
     lower, upper : how many diagonals the band has on either side of the main one.
+    checked : functions whose Jacobian was seen to have it.
     """
 
     def __init__(self, rows: Any, columns: Any, size: int) -> None:
@@ -34,6 +36,7 @@ class Pattern:
         both = xp.unique_values(xp.concat([columns * size + rows, xp.arange(size) * (size + 1)]))
         self.rows, self.columns, self.size = both % size, both // size, size
         self.key = (size, both.tobytes())
+        self.checked: WeakSet[Any] = WeakSet()
 
     @cached_property
     def column_colours(self) -> Any:

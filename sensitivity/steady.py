@@ -14,6 +14,7 @@ from .errors import InputError, SignatureError, SolveError, UnsupportedCombinati
 from .integrate import Run
 from .matrices import is_sparse
 from .problems import Problem
+from .promise import check_pattern
 from .registry import registry
 from .retcode import RetCode
 from .sparsity import Pattern, pattern_of
@@ -145,7 +146,10 @@ def prepare(prob: SteadyStateProblem, alg: Any, *, rtol: Any = None, atol: Any =
         kind=SteadyState(pattern_of(prob.jac_sparsity, layout.size), _sparse_jac(be, prob, t, u_tree, p_tree)),
     )
     method.refuse(run)
-    return run, Inputs(u0, (*theta, *captured), t, t, None, constants, rtol, atol)
+    x = Inputs(u0, (*theta, *captured), t, t, None, constants, rtol, atol)
+    if run.kind.pattern is not None and probe != "off":
+        check_pattern(run, x, first_call.identity(be, prob.f)[0], probe)
+    return run, x
 
 
 def _method(alg: Any) -> SteadyStateMethod:

@@ -144,6 +144,7 @@ SLOW_ON_JAX = (
     "test_gradients_of_ensembles",
     "test_exact_algorithms_agree_on",
     "test_backends_take_the_same_steps",
+    "the_limit_of_an",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

@@ -1037,5 +1037,5 @@ def test_types_of_anchor():
     def with_default(t, u, p, a=1.0):
         return a * u
 
-    assert isinstance(probe._identity(fw.be, plain)[0], types.CodeType)
-    assert probe._identity(fw.be, with_default)[0] is with_default
+    assert isinstance(probe.identity(fw.be, plain)[0], types.CodeType)
+    assert probe.identity(fw.be, with_default)[0] is with_default

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 import sensitivity as sa
-from sensitivity import banded, lapack, matrices
+from sensitivity import banded, lapack, matrices, sparsity
 from sensitivity.registry import registry
 from sensitivity.sparsity import pattern_of
 from sensitivity.testing import models
@@ -94,12 +94,15 @@ def test_directional_derivative(dense):
     assert d @ dense["Rodas5P"].p == pytest.approx((values[0] - values[1]) / (2.0 * e), abs=1e-5 * scale)
 
 
-def test_the_reverse_sweep_factorises_nothing(monkeypatch):
+@pytest.mark.parametrize("given", [{"jac": jac}, {"jac_sparsity": PATTERN}], ids=["jac", "pattern"])
+@pytest.mark.parametrize("method", [sa.Rodas5P(), sa.Kvaerno5()], ids=lambda m: m.name)
+def test_the_reverse_sweep_factorises_nothing(monkeypatch, method, given):
     """Each step's factorisation is kept with its record, so the gradient has as many as the solve."""
+    monkeypatch.setattr(sparsity, "NARROW", 0)
     calls = []
     factorize = lapack.superlu
     monkeypatch.setattr(lapack, "superlu", lambda *a: calls.append(1) or factorize(*a))
-    r = gradient(problem(jac=jac, vjp=vjp), sa.Rodas5P())
+    r = gradient(problem(vjp=vjp, **given), method)
     assert len(calls) == r.stats.nlu == r.stats.naccept + r.stats.nreject
     be = registry().backend("numpy")
     del r
@@ -213,6 +216,19 @@ def test_a_pattern_that_is_no_band(lab):
     want, _ = gradients(lab, prob, sa.Kvaerno3())
     got, _ = gradients(lab, prob.remake(jac_sparsity=pattern), sa.Kvaerno3())
     agree(got, want, 1e-11)
+
+
+def test_a_stage_that_refinement_does_not_reach_has_its_own_factors(numpy_lab, monkeypatch):
+    """With factors of something else in place of those of the step, the gradient is what it was."""
+    prob, pattern, _ = chain_problem(numpy_lab, n=60, wide=7)
+    prob, calls = prob.remake(jac_sparsity=pattern), []
+    want, _ = gradients(numpy_lab, prob, sa.Kvaerno3())
+    be, factorize = registry().backend("numpy"), lapack.superlu
+    monkeypatch.setattr(lapack, "superlu", lambda *a: calls.append(1) or factorize(*a))
+    monkeypatch.setattr(type(be), "kept", lambda self, K: lambda b, transposed: 0.01 * b)
+    got, r = gradients(numpy_lab, prob, sa.Kvaerno3())
+    agree(got, want, 1e-12)
+    assert len(calls) == r.stats.nlu + 3 * r.stats.naccept
 
 
 def test_a_sparse_jac(torch_lab):
@@ -332,3 +348,32 @@ def test_the_model(lab):
     v, w = prob.u0[:, 0], prob.u0[:, 1]
     np.testing.assert_allclose(lab.numpy(v)[:3], 1.0 + np.sin(2.0 * np.pi * np.arange(1, 4) / 21.0))
     np.testing.assert_array_equal(lab.numpy(w), np.full(20, 3.0))
+
+
+def test_a_pattern_that_lacks_entries(lab):
+    """It is compared with f once, at the start; the message names the row."""
+    prob, pattern, _ = chain_problem(lab)
+    wrong = pattern.copy()
+    wrong[7, 5] = False
+    with pytest.raises(sa.InputError, match="row 7"):
+        sa.solve(prob.remake(jac_sparsity=wrong), sa.Kvaerno3())
+    with pytest.warns(sa.ProbeWarning, match="row 7"):
+        sa.solve(prob.remake(jac_sparsity=wrong), sa.Kvaerno3(), probe="warn")
+    steady = sa.SteadyStateProblem(lambda t, u, p: p - 2.0 * u + 0.3 * u[0], prob.u0, lab.array(1.0),
+                                   jac_sparsity=np.eye(48))
+    with pytest.raises(sa.InputError, match="row"):
+        sa.solve(steady)
+
+
+def test_patterns_are_compared_once():
+    calls = []
+
+    def f(t, u, p):
+        calls.append(1)
+        return -p * u
+
+    prob = sa.ODEProblem(f, np.ones(3), (0.0, 1.0), np.array(2.0), jac_sparsity=np.eye(3))
+    first, second = sa.solve(prob, sa.Kvaerno3(), dt=0.5, controller=sa.FixedStep()), len(calls)
+    sa.solve(prob, sa.Kvaerno3(), dt=0.5, controller=sa.FixedStep())
+    assert second - (len(calls) - second) >= 4
+    assert len(calls) - second >= first.stats.nfe

@@ -596,3 +596,21 @@ def test_linear_solvers_that_do_not_fit(lab):
         sa.SteadyStateProblem(3, np.array([1.0]))
     with pytest.raises(sa.InputError, match="tspan"):
         prob.remake(tspan=(0.0, 1.0))
+
+
+def test_the_limit_of_an_evolution(lab):
+    """An evolution that an event ends where nothing moves any more has the gradient of the steady state."""
+    xp, p = lab.xp, lab.array([1.3, 1.7])
+
+    def f(t, u, p):
+        x, y = u[0], u[1]
+        return xp.stack([p[0] + x * x * y - (p[1] + 1.0) * x, p[1] * x - x * x * y])
+
+    still = sa.Event(lambda t, u, p: xp.log(xp.sum(f(t, u, p) ** 2)) + 42.0, terminal=True, direction=-1)
+    evolution = sa.ODEProblem(f, lab.array([1.4, 1.2]), (0.0, 1e4), p)
+    r = sa.gradient(evolution, sa.Tsit5(), lambda sol: sol.u[-1, 0] ** 2 + 3.0 * sol.u[-1, 1], events=[still],
+                    rtol=1e-10, atol=1e-12, sensealg=sa.RecursiveCheckpointAdjoint())
+    assert float(lab.numpy(r.solution.t)[-1]) < 200.0
+    # The speed at the end is exp(-21), and what is left falls like it, times the time that it took.
+    np.testing.assert_allclose(lab.numpy(r.p), [2.6 - 5.1 / 1.69, 3.0 / 1.3], rtol=1e-6)
+    np.testing.assert_allclose(lab.numpy(r.u0), 0.0, atol=1e-6)
