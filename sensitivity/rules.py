@@ -166,7 +166,9 @@ REMARKS: tuple[Remark, ...] = (
     Remark("tape", lambda f, a: not a.boundary,
            lambda f: "exact, but the tape holds every stage of each attempted step",
            "Griewank, Walther (2008)"),
-    Remark("discretised", lambda f, a: not a.exact, lambda f: "derivative of the equation, right up to the tolerance",
+    Remark("discretised", lambda f, a: not a.exact,
+           lambda f: "derivative of the equation, right up to the " + (
+               "error of the steps" if f.kind == "sde" else "tolerance"),
            "Hager (2000)"),
 )
 

@@ -21,7 +21,8 @@ class Stats:
     nfe : evaluations of `f`. nvjp : products with its transposed derivatives. njac, nlu, nsolve : Jacobians,
         factorisations, linear solves. naccept, nreject : accepted and rejected steps.
     mismatch, drift : how far the state that `BacksolveAdjoint` integrated backwards, or `ReversibleAdjoint` undid, was
-        from the stored one, at worst: in tolerances, and relative to the state; None for algorithms that do neither.
+        from the stored one, at worst: in tolerances (of stochastic problems, in units of what is allowed), and
+        relative to the state; None for algorithms that do neither.
     """
 
     nfe: Any = 0

@@ -59,6 +59,13 @@ def test_backends_agree(lab):
     assert np.all(here[0] == 0.0)
 
 
+def test_paths_stay_what_they_are():
+    """The numbers of one key, written down: a key means the same path in every run and in every release."""
+    W = sa.VirtualBrownianTree(2024, (0.0, 1.0), 2.0**-12)(np.array([0.25, 1.0 / 3.0, 1.0]), 2)
+    expected = [[0.06338839, 0.18717388], [-0.23764517, 0.42503083], [-0.75276675, 1.09334029]]
+    np.testing.assert_allclose(W, expected, rtol=0, atol=1e-8)
+
+
 def test_order_and_company_do_not_matter(lab):
     """A time gives one value: alone, among others, in any order; dyadic times also whatever the tolerance."""
     ts = np.linspace(T[0], T[1], 9)

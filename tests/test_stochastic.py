@@ -373,6 +373,16 @@ def test_costs(numpy_lab):
             second(prob, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), wrt="u0", dt=0.1)
 
 
+def test_advice_for_an_sde(numpy_lab):
+    """What is exact comes before what is right up to the error of the steps, and what cannot be is ruled out."""
+    advice = sa.advise(nonlinear(numpy_lab, "diagonal"), sa.EulerMaruyama(), dt=0.1)
+    rows = {row.sensealg.name: row for row in advice.table}
+    assert advice.sensealg.name == "RecursiveCheckpointAdjoint"
+    assert "error of the steps" in rows["BacksolveAdjoint"].why
+    assert rows["InterpolatingAdjoint"].verdict == "possible"
+    assert {rows[k].verdict for k in ("QuadratureAdjoint", "GaussAdjoint", "ForwardOverAdjoint")} == {"ruled out"}
+
+
 def test_check_gradient_of_an_sde(numpy_lab):
     """Only algorithms that differentiate the computed solution are held against its differences."""
     check = sa.check_gradient(nonlinear(numpy_lab, "diagonal"), sa.Milstein(), lambda sol: (sol.u**2).sum(), dt=0.1)
