@@ -67,9 +67,10 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
         return made._replace(near=lambda *at: dense(be, made.near(*at)), exact=lambda *at: dense(be, made.exact(*at)))
     if choice not in (None, "sparse"):
         return made._replace(solver=choice)
-    if be.sparse_lu and run.vjp is not None and run.vjp.transposes:
+    costly = pattern is not None and pattern.structure(be) == "sparse"
+    matrices = be.sparse_lu and run.products.jac is not None
+    if (costly or matrices) and run.vjp is not None and run.vjp.transposes:
         pull = run.vjp.pullback(run, x, params=False)
-        costly = pattern is not None and pattern.structure(be) == "sparse"
         return made._replace(back=lambda t, u, v: pull(t, u, v)[0], costly=costly)
     return made
 
