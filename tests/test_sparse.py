@@ -377,3 +377,28 @@ def test_patterns_are_compared_once():
     sa.solve(prob, sa.Kvaerno3(), dt=0.5, controller=sa.FixedStep())
     assert second - (len(calls) - second) >= 4
     assert len(calls) - second >= first.stats.nfe
+
+
+@pytest.mark.slow
+def test_a_band_under_transforms(jax_lab):
+    """`vmap` of `grad` is one solve for each member, and `hessian` goes through the band solver."""
+    import jax
+
+    prob = models.brusselator_1d(jax_lab.xp, 6).remake(tspan=(0.0, 0.1))
+
+    def loss(p, prob=prob):
+        return (sa.solve(prob.remake(p=p), sa.Kvaerno3(), controller=sa.FixedStep(), dt=0.05).u[-1] ** 2).sum()
+
+    slope, several = jax.jit(jax.grad(loss)), np.array([[1.0, 3.0, 0.02], [1.1, 2.8, 0.03]])
+    np.testing.assert_allclose(jax.vmap(slope)(several), [slope(p) for p in several], rtol=1e-11)
+    plain = jax.hessian(lambda p: loss(p, prob.remake(jac_sparsity=None)))(several[0])
+    np.testing.assert_allclose(jax.hessian(loss)(several[0]), plain, rtol=1e-9)
+
+
+def test_a_band_in_single_precision(lab):
+    prob, pattern, _ = chain_problem(lab)
+    single = lambda x: lab.array(lab.numpy(x), "float32")  # noqa: E731
+    small = sa.ODEProblem(lambda t, u, p: -p * u * (1.0 + u), single(prob.u0), (0.0, 0.1), single(prob.p)[0])
+    ends = [sa.solve(small.remake(jac_sparsity=given), sa.Kvaerno3()).u[-1] for given in (None, pattern)]
+    assert str(ends[1].dtype).endswith("float32")
+    np.testing.assert_allclose(*map(lab.numpy, ends), rtol=1e-4)
