@@ -132,6 +132,7 @@ SLOW_ON_JAX = (
     "test_interpolating_within",
     "test_discrete_gradient_within",
     "test_single_precision_of_continuous",
+    "test_backends_walk_back",
     "test_constraints_with_a_band",
     "test_a_pattern_that_is_no_band",
     "test_a_band_",

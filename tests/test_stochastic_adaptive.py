@@ -115,14 +115,45 @@ def test_errors_follow_the_tolerance():
 
 
 def test_backends_take_the_same_steps(lab):
-    """Adaptive steps without a first one, on the path of a key alone."""
+    """Adaptive steps without a first one, on the path of a key alone.
+
+    Step sizes differ by round-off, and a path of Brownian motion by the root of that.
+    """
     if importlib.util.find_spec("autograd") is None:
         pytest.skip("the vector field is written for autograd's NumPy")
     options = {"rtol": 1e-2, "atol": 1e-2, "saveat": 4, "max_steps": 64} | ADAPTIVE
     here = sa.solve(nonlinear(type(lab)("numpy"), "diagonal", "stratonovich"), sa.StochasticHeun(), **options)
     sol = sa.solve(nonlinear(lab, "diagonal", "stratonovich"), sa.StochasticHeun(), **options)
     assert (int(sol.stats.naccept), int(sol.stats.nreject)) == (here.stats.naccept, here.stats.nreject)
-    np.testing.assert_allclose(lab.numpy(sol.u), here.u, rtol=1e-10)
+    np.testing.assert_allclose(lab.numpy(sol.u), here.u, rtol=1e-7)
+
+
+def test_backends_walk_back_the_same_steps(lab):
+    """The interpolating adjoint on an adaptive mesh, as closely as in the test before; what it converges to is tested
+    above."""
+    if importlib.util.find_spec("autograd") is None:
+        pytest.skip("the vector field is written for autograd's NumPy")
+
+    def gradient(lab):
+        r = sa.gradient(nonlinear(lab, "general", "stratonovich"), sa.StochasticHeun(), weighted(lab, lab.xp),
+                        saveat=lab.array(TIMES), rtol=1e-2, atol=1e-2, sensealg=sa.InterpolatingAdjoint(), max_steps=64,
+                        **ADAPTIVE)
+        return np.array([*lab.numpy(r.u0), float(r.p["a"]), *lab.numpy(r.p["s"])])
+
+    np.testing.assert_allclose(gradient(lab), gradient(type(lab)("numpy")), rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_adaptive_members(request, name):
+    """Members of an ensemble take steps of their own, each as it would alone."""
+    lab = request.getfixturevalue(f"{name}_lab")
+    one = nonlinear(lab, "diagonal", "stratonovich")
+    options = {"rtol": 1e-2, "atol": 1e-2, "max_steps": 64} | ADAPTIVE
+    sol = sa.solve(sa.EnsembleProblem(one, key=lab.array([3, 4], "int64")), sa.StochasticHeun(), **options)
+    for i in range(2):
+        alone = sa.solve(one.remake(key=3 + i), sa.StochasticHeun(), **options)
+        assert int(alone.stats.naccept) == int(sol.stats.naccept[i])
+        np.testing.assert_allclose(lab.numpy(sol.u[i]), lab.numpy(alone.u), rtol=1e-12)
 
 
 def test_bounds_of_adaptive_steps(numpy_lab):
