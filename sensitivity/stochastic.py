@@ -291,6 +291,7 @@ class DrivenRHS:
             def drive(t: Scalar, h: Scalar) -> Array:
                 s = be.vector([t, t + 0.5 * h, t + h], t0)
                 h = be.vector([h], t0)[:, None]
+                h = xp.where(h > 0.0, h, xp.ones_like(h))  # a loop that is through may run on without a step
                 return self._arguments(scheme, s[:1], h, *self._path(s, 2))[0, ...]
 
             return drive
