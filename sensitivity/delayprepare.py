@@ -92,18 +92,27 @@ def combinations(count: int, generations: int, most: int = 1000) -> tuple[tuple[
     return tuple(out[1:])
 
 
+def _arguments(lags: Any) -> int:
+    """How many arguments a function needs; one if it does not say."""
+    try:
+        return sum(q.default is q.empty and q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)
+                   for q in inspect.signature(signed(lags)).parameters.values())
+    except (TypeError, ValueError):
+        return 1
+
+
+def of_the_state(lags: Any) -> bool:
+    """Whether lags are given as a function of time, state and parameters."""
+    return callable(lags) and _arguments(lags) == 3
+
+
 def _given(be: Any, lags: Any) -> Any:
     """The lags as a tuple of floats or as `lags(p)`."""
     if callable(lags):
-        try:
-            wanted = [q for q in inspect.signature(signed(lags)).parameters.values()
-                      if q.default is q.empty and q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)]
-        except (TypeError, ValueError):
-            return lags
-        if len(wanted) == 3:
+        if of_the_state(lags):
             return StateLags(lags)
-        if len(wanted) != 1:
-            raise SignatureError(f"lags takes {len(wanted)} arguments, at {location(lags)}",
+        if _arguments(lags) != 1:
+            raise SignatureError(f"lags takes {_arguments(lags)} arguments, at {location(lags)}",
                                  "lags are functions of the parameters, or of time, state and parameters",
                                  "lags=lambda p: [p['tau']], or lags=lambda t, u, p: [...]")
         return lags

@@ -72,6 +72,16 @@ class Lookback:
                 log.add(record)
         return state, log
 
+    def onward(self, body: Callable, state: Any, log: Any, like: Record) -> tuple[Any, Any]:
+        """Fold `state, new = body(state, record, news)` over a log, oldest record first; the `new` form a log, `news`,
+        that `body` may read where the old one has the same step. `like` shows what a `new` looks like."""
+        del like
+        news = self.store(len(log))  # type: ignore[attr-defined]
+        for record in log:
+            state, new = body(state, record, news)
+            news.add(new)
+        return state, news
+
     def locate(self, log: Any, t: Scalar) -> Any:
         """Number of the step that holds time `t`; the first one for earlier times."""
         return max(bisect.bisect_right(log, t, key=_start) - 1, 0)

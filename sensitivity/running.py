@@ -9,10 +9,11 @@ from typing import Any
 
 from . import probe as first_call
 from .costs import ContinuousCost
+from .delayprepare import of_the_state
 from .errors import InputError, UnsupportedCombination
 from .events import Event, changes_parameters
 from .integrate import Run
-from .problems import ODEProblem
+from .problems import DDEProblem, ODEProblem
 from .system import Inputs
 
 
@@ -72,19 +73,52 @@ class Total:
         return sum(g(t, u, p) for g in self.terms)
 
 
-def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x: Inputs) -> ODEProblem:
+@dataclass(frozen=True)
+class DelayedRunningField:
+    """The vector field of `[u, q]` where `f` looks at the past of `u`."""
+
+    f: Callable[..., Any]
+    g: Callable[..., Any]
+
+    def __call__(self, t: Any, y: Any, h: Any, p: Any) -> Any:
+        u, q = y
+        return [self.f(t, u, lambda *s, **more: h(*s, **more)[0], p), 0.0 * q + self.g(t, u, p)]
+
+
+@dataclass(frozen=True)
+class OwnHistory:
+    """The history of the pair `[u, q]`: nothing was summed up."""
+
+    history: Callable[..., Any]
+    zero: Any
+
+    def __call__(self, t: Any, p: Any) -> Any:
+        return [self.history(t, p), self.zero]
+
+
+@dataclass(frozen=True)
+class OwnLags:
+    """Lags that depend on the state, for the pair `[u, q]`."""
+
+    lags: Callable[..., Any]
+
+    def __call__(self, t: Any, y: Any, p: Any) -> Any:
+        return self.lags(t, y[0], p)
+
+
+def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x: Inputs) -> ODEProblem | DDEProblem:
     """The problem of the pair `[u, q]`; `run` and `x` are those of `prob`.
 
     Raises
     ------
     UnsupportedCombination
-        The problem is no plain ODE, or its state is complex.
+        The problem is neither an ODE nor a delay equation, or its state is complex.
     InputError
         `g` does not return a number.
     """
     be = run.be
     cause = None
-    if type(prob) is not ODEProblem:
+    if type(prob) not in (ODEProblem, DDEProblem):
         cause = f"{type(prob).__name__}"
     elif prob.mass_matrix is not None:
         cause = "a mass matrix"
@@ -96,6 +130,10 @@ def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x:
                                      "a DiscreteCost, or a callable of the solution at many times")
     g = costs[0].g if len(costs) == 1 else Total(tuple(c.g for c in costs))
     zero = be.asarray(0.0, dtype=x.u0.dtype, device=be.device(x.u0))
+    if isinstance(prob, DDEProblem):
+        lags = OwnLags(prob.lags) if of_the_state(prob.lags) else prob.lags
+        return prob.remake(f=DelayedRunningField(prob.f, g), u0=[prob.u0, zero], lags=lags,
+                           history=OwnHistory(prob.history, zero))
     changes: dict[str, Any] = {"f": RunningField(prob.f, g), "u0": [prob.u0, zero], "jac_sparsity": None}
     own = all(c.dgdu is not None for c in costs)
     products = (("vjp", RunningVJP), ("jvp", RunningJVP), ("jac", RunningJac), ("paramjac", RunningParamJac))

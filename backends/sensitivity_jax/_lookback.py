@@ -57,6 +57,21 @@ class JaxLookback:
         _, state, log = self._while(more, attempt, (jnp.int32(0), state, log))
         return state, OpenLog(log, None)
 
+    def onward(self, body, state, log, like_record):
+        opened, log = log, log.log
+        state, example = arrays(state), arrays(like_record)
+        buffers = jax.tree.map(lambda x: jnp.zeros((log.keep.shape[0], *x.shape), x.dtype), example)
+
+        def ahead(carry):
+            i, s, out = carry
+            new, record = body(s, opened.record(i), OpenLog(log._replace(records=out), None))
+            out = jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, jnp.asarray(x, b.dtype), i, 0), out,
+                               record)
+            return i + 1, select(active(log.keep[i]), like(arrays(new), s), s), out
+
+        _, state, buffers = self._while(lambda c: c[0] < log.count, ahead, (jnp.int32(0), state, buffers))
+        return state, OpenLog(log._replace(records=buffers), None)
+
     def locate(self, log, t):
         return self._locate(log.log, jnp.reshape(t, (1,)), 1.0)[0]
 

@@ -41,8 +41,6 @@ from ..stepper import Adjoint
 from ..system import Inputs
 from . import base, discrete
 
-REVERSE_ONLY = "the discrete adjoint of delay equations has a reverse mode only"
-
 
 @dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
@@ -50,7 +48,6 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
 
     events: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
-    modes: ClassVar[frozenset[str]] = frozenset({"reverse"})
 
     def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
         out, aux, _ = solve_forward(run, x)
@@ -82,8 +79,9 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0, end.status)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
-        raise UnsupportedCombination("forward mode was asked for", REVERSE_ONLY,
-                                     "sensealg=ForwardSensitivity(), or reverse mode: sa.gradient, jax.grad")
+        from .delaytangent import tangent
+
+        return tangent(run, residuals, d)
 
 
 class Reopened(NamedTuple):
@@ -273,10 +271,23 @@ def adapted(sensealg: Any, dependent: bool) -> Any:
     UnsupportedCombination
         There is none.
     """
-    from . import delayadjoint, delayforward, delaystate, forward, interpolating
+    from . import (
+        delayadjoint,
+        delayforward,
+        delaystate,
+        delaytangent,
+        forward,
+        forward_ad,
+        gauss,
+        interpolating,
+        quadrature,
+    )
 
     kinds: dict[type, Any] = {discrete.RecursiveCheckpointAdjoint: RecursiveCheckpointAdjoint,
                               interpolating.InterpolatingAdjoint: delayadjoint.InterpolatingAdjoint,
+                              gauss.GaussAdjoint: delayadjoint.GaussAdjoint,
+                              quadrature.QuadratureAdjoint: delayadjoint.QuadratureAdjoint,
+                              forward_ad.ForwardADSensitivity: delaytangent.ForwardADSensitivity,
                               forward.ForwardSensitivity: delayforward.ForwardSensitivity}
     kind = kinds.get(type(sensealg))
     if kind is None:

@@ -14,22 +14,27 @@ References: Lenz, Schloeder, Bock 2014; Calver and Enright 2017 for the jumps of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..backend import Array, Scalar
+from ..backend import Array, Record, Scalar
 from ..delay import stage_inputs
 from ..delaysolve import Breaks, Equation, Inside, State, inside, look, march, solve_forward
 from ..integrate import Run, Span
+from ..retcode import RetCode
 from ..system import Inputs
-from . import base, interpolating
+from . import base, gauss, interpolating, quadrature
+from .continuous import ContinuousAdjoint
 from .delay import refuse_ambiguous, reopened, through_lags
+from .walk import least
 
 
-@dataclass(frozen=True)
-class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
-    """Continuous adjoint of a delay equation along the dense forward solution; see the module."""
+class _Adjoint(ContinuousAdjoint):
+    """Continuous adjoint of a delay equation along the dense forward solution; see the module.
 
+    `carries` tells that the parameters' integral is part of the costate's equation.
+    """
+
+    carries: ClassVar[bool] = True
     events: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset({"reverse"})
@@ -42,10 +47,10 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
         super().refuse(run)
         if self.stores:
             raise base.unsupported(f"{self.name} with checkpoints", "a delay equation, which looks at its whole past",
-                                   "InterpolatingAdjoint()")
+                                   f"{self.name}()")
         if not (self.alg or run.method).one_step:
             raise base.unsupported(f"{self.name}(alg={self.alg!r})", "a delay equation, whose costate has delays too",
-                                   "InterpolatingAdjoint(alg=sa.Tsit5())")
+                                   f"{self.name}(alg=sa.Tsit5())")
         if run.dense or run.saves == "steps":
             raise base.unsupported(self.name, "dense=True or saveat='steps' of a delay equation",
                                    "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
@@ -65,12 +70,18 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
                             capacity=run.capacity + more)
         tolerances = x._replace(rtol=x.rtol if self.rtol is None else self.rtol,
                                 atol=x.atol if self.atol is None else self.atol)
-        eq = Costate(back, tolerances, state, log, ct.u, ts, params)
+        eq = Costate(back, tolerances, state, log, ct.u, ts, params and self.carries)
         end, costates, nfe = march(eq)
         z = eq.enter(costates, -s.t0, 0.0, end.u)
         lam, n = z[:eq.n], eq.n
-        theta = be.split(z[n:], x.theta) if params else ()
         nvjp = (1 + run.kind.count) * eq.evaluations(end)
+        theta: tuple[Array, ...] = ()
+        if params and self.carries:
+            theta = be.split(z[n:], x.theta)
+        elif params:
+            mu, nodes, more, status = self.integral(eq, costates, end.status)
+            theta, nvjp, nfe = be.split(mu, x.theta), nvjp + nodes, nfe + more
+            end = end._replace(status=status)
         t0_bar = t1_bar = 0.0
         ts_bar = None
         moved = base.times_wanted(wanted)
@@ -93,6 +104,66 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
 
     def tangent(self, run: Run, residuals: Any, d: base.Tangents) -> Array:
         raise base.unsupported(self.name, "forward mode of a delay equation", "ForwardSensitivity()")
+
+    def integral(self, eq: Costate, costates: Any, status: Any) -> tuple[Array, Any, Any, Any]:
+        """`int f_p^T lam dt` along dense costates, how many products it took, evaluations of `f`, and its status."""
+        raise NotImplementedError
+
+
+class InterpolatingAdjoint(_Adjoint, interpolating.InterpolatingAdjoint):
+    """The parameters' integral is part of the equation."""
+
+
+class GaussAdjoint(_Adjoint, gauss.GaussAdjoint):
+    """The parameters' integral by Gauss-Legendre quadrature over the backward steps, see `gauss.py`."""
+
+    carries: ClassVar[bool] = False
+
+    def integral(self, eq: Costate, costates: Any, status: Any) -> tuple[Array, Any, Any, Any]:
+        be = eq.run.be
+        fold = gauss.subtracted(be, eq.share, eq.forward_size, gauss.nodes_for(eq.stepper.order))
+
+        def over(state: tuple, record: Record, out: Any, last: Any) -> tuple:
+            (mu, nodes), more = state
+            mu, now = fold((mu, 0), record)
+            return (mu, nodes + now), more + now * eq.state.known(eq.ahead(inside(record.t, record.h)))
+
+        (mu, nodes), more = be.replay(over, ((eq.no_share(), 0), 0), costates)
+        return mu, nodes, more, status
+
+
+class QuadratureAdjoint(_Adjoint, quadrature.QuadratureAdjoint):
+    """The parameters' integral by adaptive quadrature between the break points, see `quadrature.py`."""
+
+    carries: ClassVar[bool] = False
+
+    def integral(self, eq: Costate, costates: Any, status: Any) -> tuple[Array, Any, Any, Any]:
+        be = eq.run.be
+        rtol = least(be, eq.x.rtol) if self.quad_rtol is None else self.quad_rtol
+        atol = least(be, eq.x.atol) if self.quad_atol is None else self.quad_atol
+        done = be.choose(status == 0, 0.0, 1.0)
+
+        def coarse(a: Scalar, b: Scalar) -> Any:
+            steps = be.locate(costates, b) - be.locate(costates, a)
+            ahead = be.locate(eq.forward, -a) - be.locate(eq.forward, -b)
+            return (steps > quadrature.STEPS) | (ahead > quadrature.STEPS)
+
+        def between(state: tuple, item: tuple) -> tuple[tuple, int]:
+            a, mu, nodes, more, worst = state
+            b = item[0]
+            step = inside(a, b - a)
+
+            def rate(t: Scalar) -> Array:
+                record = be.record(costates, be.locate(costates, be.least(be.greatest(t, step.low), step.high)))
+                return -eq.share(record, t)
+
+            mu, now, complete = quadrature.integral(be, rate, a, b, mu, rtol, atol, coarse, done)
+            more = more + now * eq.state.known(eq.ahead(step))
+            return (b, mu, nodes + now, more, be.greatest(worst, be.choose(complete, 0, int(RetCode.MaxSteps)))), 0
+
+        (_, mu, nodes, more, worst), _ = be.scan(between, (eq.span.t0, eq.no_share(), 0, 0, status),
+                                                 (eq.breaks.times,))
+        return mu, nodes, more, worst
 
 
 class Costate(Equation):
@@ -127,7 +198,7 @@ class Costate(Equation):
 
     def derivative(self, log: Any, step: Inside) -> Any:
         be, xp, n = self.run.be, self.run.be.xp, self.n
-        ahead = Inside(-step.high, -step.low)
+        ahead = self.ahead(step)
 
         def at(back: Any, z: Array) -> Array:
             now = be.scalar(back)
@@ -143,6 +214,25 @@ class Costate(Equation):
             return xp.concat([out, *(xp.astype(xp.reshape(v, (-1,)), z.dtype) for v in theta_bar)])
 
         return at
+
+    def ahead(self, step: Inside) -> Inside:
+        """A backward step in the forward time."""
+        return Inside(-step.high, -step.low)
+
+    def share(self, record: Record, t: Scalar) -> Array:
+        """`-f_p^T lam`, flat, at a time of a backward step."""
+        lam = self.stepper.interpolate(record, [t])[0, :self.n]
+        theta_bar = self._pull(-t, self.ahead(inside(record.t, record.h)), lam, True)[1]
+        return -self.run.be.xp.concat([self.run.be.xp.astype(self.run.be.xp.reshape(v, (-1,)), lam.dtype)
+                                       for v in theta_bar])
+
+    def no_share(self) -> Array:
+        return self.run.be.padded(0.0 * self.x.u0[:0], sum(base.size_of(v) for v in self.x.theta))
+
+    def forward_size(self, t: Scalar) -> Scalar:
+        """The size of the forward step at a backward time."""
+        be = self.run.be
+        return be.record(self.forward, be.locate(self.forward, -t)).h
 
     def _pull(self, t: Scalar, step: Inside, lam: Array, params: bool) -> tuple[Array, tuple[Array, ...]]:
         """`lam` times the derivatives of `f` at a time of the forward solution."""

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
-from ..delay import LagField, stage_inputs
+from ..delay import stage_inputs
 from ..delaysolve import Breaks, Equation, Inside, State, break_points, inside, march, past_of, solve_forward
 from ..integrate import Run, Span, span
 from ..system import Inputs
 from . import base, forward
 from .delay import refuse_ambiguous
+from .delaytangent import moves
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Augmented(Equation):
         own, covered = run.norm or be.rms, errors == "all" and m > 0
         self.norm = (lambda e: be.greatest(own(e[:n]), be.rms(e[n:]))) if covered else (lambda e: own(e[:n]))
         self.stages = run.kind.products(run, x)[0]
-        self.moves = self._moves()
+        self.moves = moves(run, x, d)
         self.rhs = self._rhs
 
     def _rhs(self, t: Any, z: Array, past: Any) -> Array:
@@ -135,16 +136,3 @@ class Augmented(Equation):
             return u + xp.concat([0.0 * u[:n], xp.reshape(jump, (m * n,))])
 
         return be.either(self.jumps(t), jumped, lambda: u)
-
-    def _moves(self) -> Array:
-        """Derivatives of (t0, t1, tau_1, ..., tau_k) along each direction, `(m, 2 + k)`."""
-        be, xp, run, x, n, m, k = self.run.be, self.run.be.xp, self.run, self.x, self.n, self.m, self.count
-        in_lags = be.unit_rows(m, k, m, x.u0)
-        if run.kind.moving and m:
-            z = be.padded(x.u0, n + k)
-            lags = run.kind.as_field(run, LagField.of(run))
-            push = run.vjp.pushforward(lags, x._replace(u0=z), self.d.theta)
-            in_lags = push(be.time(self.span.t0), z, be.unit_rows(m, n + k, m, x.u0), None)[1][:, n:]
-        zero = 0.0 * self.d.u0[:, :1]
-        in_t0 = zero if self.d.t0 is None else zero + self.d.t0[:, None]
-        return xp.concat([in_t0, zero, in_lags], axis=1)

@@ -16,7 +16,7 @@ This is the saltation `lam . (f- - f+) (-alpha_u) / alpha'` of the continuous pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..backend import Array, Record
 from ..delay import LagField
@@ -30,6 +30,8 @@ from . import base, delay
 @dataclass(frozen=True)
 class RecursiveCheckpointAdjoint(delay.RecursiveCheckpointAdjoint):
     """The discrete adjoint with break points found on the way; see the module."""
+
+    modes: ClassVar[frozenset[str]] = frozenset({"reverse"})
 
     def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
         out, aux, _ = solve_dependent(run, x)
@@ -53,6 +55,10 @@ class RecursiveCheckpointAdjoint(delay.RecursiveCheckpointAdjoint):
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0,
                                end.status)
+
+
+    def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
+        raise reverse_only(self.name)
 
 
 class _Sweep(delay.Sweep):
@@ -109,6 +115,12 @@ class _Sweep(delay.Sweep):
 def _roomy(run: Run, u: Array, count: int) -> Array:
     """`u` with room for the lags behind it."""
     return run.be.padded(u, u.shape[0] + count)
+
+
+def reverse_only(name: str) -> UnsupportedCombination:
+    return UnsupportedCombination(f"{name} has no forward mode where lags depend on the state",
+                                  "break points that are roots are followed backwards only",
+                                  "reverse mode: sa.gradient, jax.grad, backward()")
 
 
 def refused(sensealg: Any) -> UnsupportedCombination:

@@ -52,7 +52,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
         be, x = run.be, residuals.x
         parts = base.columns(x, wanted)
         m = sum(size for _, size in parts)
-        S = frozen_tangent(run, residuals, base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0)))
+        S = self.tangent(run, residuals, base.directions(be, x, parts, be.unit_rows(m, m, 0, x.u0)))
         bars = base.weighed(run, S, ct)
         pieces, start = {}, 0
         for name, size in parts:

@@ -66,7 +66,7 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     start = Ahead(Tangent(du0, slope0), dt0 if moving else None, 0,
                   be.ledger(example, run.max_events) if run.events else None)
     state, tangents = be.follow(ahead, start, log)
-    du = _at_outputs(run, x, solved, stepper, log, tangents, state, d, (dt0, dt1)) if timed else None
+    du = at_outputs(run, x, stepper, log, tangents, d, (dt0, dt1), moving) if timed else None
     if run.saves is None:
         du = stepper.seen(state.node.u)[:, None, :]
     elif run.saves == "steps":
@@ -80,15 +80,14 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
                         xp.permute_dims(xp.reshape(du_event, (-1, m, n)), (1, 0, 2)))
 
 
-def _at_outputs(run: Run, x: Inputs, solved: base.Solved, stepper: Stepper, log: Any, tangents: Any, state: Ahead,
-                d: base.Tangents, ends: tuple[Array, Array]) -> Array:
+def at_outputs(run: Run, x: Inputs, stepper: Stepper, log: Any, tangents: Any, d: base.Tangents,
+               ends: tuple[Array, Array], moving: bool) -> Array:
     """Tangents at the save times `(m, k, n)`: of the dense output, and of where in its step each time lies."""
     be, xp = run.be, run.be.xp
     du0 = stepper.lift(d.u0)
     m, n = du0.shape
     s = span(be, x.t0, x.t1)
     ts = base.save_times(run, x, s)
-    moving = state.dt is not None
     first = [xp.reshape(du0, (m * n,))] + ([ends[0], 0.0 * ends[0]] if moving else [])
     rows = be.sample(stepper.interpolate, tangents, ts, xp.concat(first), s.direction)
     du = stepper.seen(xp.permute_dims(xp.reshape(rows[:, :m * n], (-1, m, n)), (1, 0, 2)))

@@ -86,11 +86,19 @@ class Panel(NamedTuple):
 def panels(way: Way, known: Path, interpolate: Callable, m: int) -> Callable:
     """`(mu, count), record -> (mu, count)`: add `-int f_p^T lam` over one backward step."""
     be, pull = way.be, way.pull(True)
-    nodes, weights = gauss_legendre(m)
 
     def rate(record: Record, t: Scalar) -> Array:
         lam = interpolate(record, [t])[0, :]
         return way.flat(pull(be.time(t), known.u(t), lam)[1], lam)
+
+    return subtracted(be, rate, known.size, m)
+
+
+def subtracted(be: Any, rate: Callable[[Record, Scalar], Array], size: Callable[[Scalar], Scalar],
+               m: int) -> Callable:
+    """`(total, count), record -> (total, count)`: less the integral of `rate(record, t)` over a step, by panels of `m`
+    Gauss nodes, none longer than `size(t)` at its place."""
+    nodes, weights = gauss_legendre(m)
 
     def fold(total: tuple[Array, Any], record: Record) -> tuple[Array, Any]:
         end = record.t + record.h
@@ -99,8 +107,8 @@ def panels(way: Way, known: Path, interpolate: Callable, m: int) -> Callable:
         def advance(panel: Panel) -> tuple[Panel, None, bool]:
             a = panel.a
             left = abs(end - a)
-            near = be.least(abs(known.size(a)), left)
-            longest = be.least(near, abs(known.size(a + sign * 0.5 * near)))
+            near = be.least(abs(size(a)), left)
+            longest = be.least(near, abs(size(a + sign * 0.5 * near)))
             whole = left <= longest * (1.0 + 1e-9)
             h = be.choose(whole, end - a, sign * longest)
             mu, _ = be.scan(lambda mu, x: (mu - (h * x[1]) * rate(record, a + x[0] * h), 0), panel.mu,
