@@ -253,7 +253,7 @@ def setup(lab, P):
         lambda sol: cost([sol.u[i] for i in range(sol.u.shape[0])], p, xp)), joined
 
 
-def check(lab, P, sensealg=sa.auto, tol=2e-6, **options):
+def check(lab, P, sensealg=sa.auto, tol=5e-7, **options):
     prob, saveat, loss, joined = setup(lab, P)
     r = sa.gradient(prob, sa.Tsit5(), loss, saveat=saveat, sensealg=sensealg, **options)
     got = {k: float(v) for k, v in r.p.items()}

@@ -12,8 +12,30 @@ import sensitivity as sa
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
     if framework == "numpy":
         return numpy_call(name, problem)
+    alg, options = method(problem)
+    if name == type(alg).__name__:
+        return forward(problem, alg, options)
     differentiate = {"jax": jax_gradient, "torch": torch_gradient}[framework]
     return differentiate(problem, solution(name, problem))
+
+
+def forward(problem: Problem, alg, options: dict) -> Callable[[], object]:
+    """The last state by the compiled solve of JAX."""
+    import jax
+
+    solve = jax.jit(lambda p, u0: sa.solve(posed(problem, p, u0), alg, **options).u[-1])
+    return lambda: jax.block_until_ready(solve(problem.p, problem.u0))
+
+
+def posed(problem: Problem, p, u0, pattern: bool = False):
+    """The problem as we state it."""
+    if problem.past is not None:
+        history, lags = problem.past
+        return sa.DDEProblem(problem.f, u0, history, problem.tspan, p, lags=lags)
+    if problem.g is not None:
+        return sa.SDEProblem(problem.f, problem.g, u0, problem.tspan, p,
+                             interpretation="stratonovich" if problem.method else "ito")
+    return sa.ODEProblem(problem.f, u0, problem.tspan, p, jac_sparsity=problem.pattern if pattern else None)
 
 
 def algorithm(name: str):
@@ -38,14 +60,7 @@ def solution(name: str, problem: Problem) -> Callable:
     name, _, pattern = name.partition("+")
 
     def solve(p, u0):
-        prob = sa.ODEProblem(problem.f, u0, problem.tspan, p, jac_sparsity=problem.pattern if pattern else None)
-        if problem.past is not None:
-            history, lags = problem.past
-            prob = sa.DDEProblem(problem.f, u0, history, problem.tspan, p, lags=lags)
-        if problem.g is not None:
-            prob = sa.SDEProblem(problem.f, problem.g, u0, problem.tspan, p,
-                                 interpretation="stratonovich" if problem.method else "ito")
-        return sa.solve(prob, alg, sensealg=algorithm(name), **options).u
+        return sa.solve(posed(problem, p, u0, bool(pattern)), alg, sensealg=algorithm(name), **options).u
 
     return solve
 
@@ -55,7 +70,9 @@ def numpy_call(name: str, problem: Problem):
     alg, options = method(problem)
     name, _, hand_written = name.partition("+")
     vjp, jac = (problem.vjp, problem.jac) if hand_written else (None, None)
-    prob = sa.ODEProblem(problem.f, problem.u0, problem.tspan, problem.p, vjp=vjp, jac=jac)
+    prob = posed(problem, problem.p, problem.u0)
+    if hand_written:
+        prob = prob.remake(vjp=vjp, jac=jac)
     if name == type(alg).__name__:
         return lambda: sa.solve(prob, alg, **options).u[-1]
 

@@ -11,7 +11,7 @@ from problems import Problem, jax_gradient, parameters, torch_gradient
 def build(framework: str, name: str, problem: Problem) -> Callable[[], object]:
     library, variant = name.split(".")
     sides = {"bare": bare, "casadi": casadi, "diffrax": diffrax, "torchdiffeq": torchdiffeq, "torchode": torchode,
-             "torchsde": torchsde, "scipy": scipy, "differences": differences}  # fmt: skip
+             "torchsde": torchsde, "scipy": scipy, "differences": differences, "jitcdde": jitcdde}  # fmt: skip
     return sides[library](variant, problem)
 
 
@@ -230,6 +230,33 @@ def casadi(variant: str, problem: Problem):
     value = loss(ca.vec(solve(x0=problem.u0, p=q)["xf"]))
     gradient = ca.Function("gradient", [q], [ca.gradient(value, q)])
     return lambda: np.asarray(gradient(problem.p)).ravel()
+
+
+def jitcdde(_variant: str, problem: Problem):
+    """The last state by JiTCDDE, which writes `f` out in C and compiles it at the first call."""
+    import jitcdde as jit
+
+    p, n = np.asarray(problem.p), problem.u0.shape[0]
+    history, tol = np.asarray(problem.past[0](0.0, p)), problem.peer_tol or problem.tol
+
+    def state(*time):
+        return np.array([jit.y(i, *time) for i in range(n)], dtype=object)
+
+    slopes = list(problem.f(jit.t, state(), state, p))
+    made = []
+
+    def call():
+        if not made:
+            made.append(jit.jitcdde(slopes, verbose=False))
+            made[0].compile_C()
+        made[0].purge_past()
+        made[0].constant_past(history, time=problem.tspan[0])
+        made[0].reset_integrator(idc_unhandled=True)
+        made[0].set_integration_parameters(rtol=tol, atol=problem.small * tol, max_step=100.0)
+        made[0].step_on_discontinuities()
+        return np.array(made[0].integrate(problem.tspan[1]))
+
+    return call
 
 
 def entries(x) -> np.ndarray:

@@ -30,7 +30,7 @@ import measure
 from problems import OPS, PROBLEMS, REFERENCE, ROWS, Row
 
 PACKAGES = {
-    "jax": ("sensealg", "jax", "jaxlib", "diffrax", "equinox"),
+    "jax": ("sensealg", "jax", "jaxlib", "diffrax", "equinox", "jitcdde"),
     "torch": ("sensealg", "torch", "torchdiffeq", "torchode", "torchsde"),
     "numpy": ("sensealg", "numpy", "scipy", "casadi"),
     "import": ("sensealg", "numpy", "scipy", "jax", "diffrax", "torch", "torchdiffeq"),
@@ -92,7 +92,8 @@ def measure_rows(framework: str, rows: list[Row], seconds: float) -> list[dict]:
             first_line = str(error).strip().partition("\n")[0]
             failures[name] = f"{name}: {type(error).__name__}: {first_line}"
     times = measure.interleave(clocks, seconds)
-    reference = REFERENCE.get(problem, REFERENCE.get((framework, quantity)))
+    keys = ((problem, quantity), problem, (framework, quantity))
+    reference = next((REFERENCE[key] for key in keys if key in REFERENCE), None)
     exact = measure.flat(builder(framework, problem, reference, True)()) if reference in clocks else None
     return [report(row, times, results, failures, exact) for row in rows]
 
