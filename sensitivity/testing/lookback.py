@@ -90,6 +90,34 @@ def check_collect(h: Harness) -> None:
     h.close(got, want, 1e-14, "collect")
 
 
+def check_onward(h: Harness) -> None:
+    """`onward` goes from the oldest record to the newest, and its `body` reads what it wrote."""
+    be = h.be
+    _, log = walk(h)
+    _, _, kept = walked()
+
+    def body(state: Any, record: Record, news: Any) -> tuple[Any, Record]:
+        def seek() -> Any:
+            return be.record(news, be.locate(log, record.t - 0.9)).u
+
+        seen = be.either(record.t - 0.9 < 0.0, lambda: 0.0 * record.u, seek)
+        new = 0.5 * state + seen + record.u
+        return new, Record(record.t, record.h, new, record.k)
+
+    zero = h.array([0.0, 0.0])
+    t = be.scalar(h.array(0.0))
+    got, news = be.onward(body, zero, log, Record(t, t, zero, h.array([[0.0, 0.0], [0.0, 0.0]])))
+    want: list[list[float]] = []
+    state = [0.0, 0.0]
+    for n, (_, u, _) in enumerate(kept):
+        seen = want[n - 2] if n >= 2 else [0.0, 0.0]
+        state = [0.5 * a + b + c for a, b, c in zip(state, seen, u, strict=True)]
+        want.append(state)
+    h.close(got, want[-1], 1e-14, "onward")
+    for n, (start, _, _) in enumerate(kept):
+        h.close(be.record(news, be.locate(log, be.scalar(h.array(start + 0.1)))).u, want[n], 1e-14, f"record {n}")
+
+
 def check_lookups(h: Harness) -> None:
     """Small choices by value."""
     be = h.be

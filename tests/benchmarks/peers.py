@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -248,7 +250,8 @@ def jitcdde(_variant: str, problem: Problem):
     def call():
         if not made:
             made.append(jit.jitcdde(slopes, verbose=False))
-            made[0].compile_C()
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # where it finds no pyproject.toml
+                made[0].compile_C()
         made[0].purge_past()
         made[0].constant_past(history, time=problem.tspan[0])
         made[0].reset_integrator(idc_unhandled=True)

@@ -328,7 +328,7 @@ def mackey_glass(ops: Ops) -> Problem:
 
     past = (lambda t, p: 0.5 + 0.0 * p[:1], lambda p: [p[3]])
     return Problem(f, ops.array(np.array([0.5])), (0.0, 85.0), ops.array(np.array([0.2, 0.1, 10.0, 17.0])),
-                   tol=1e-7, tight=1e-11, past=past)
+                   tol=1e-7, peer_tol=2e-9, past=past)
 
 
 def thousand_steps(ops: Ops) -> Problem:
