@@ -146,6 +146,7 @@ SLOW_ON_JAX = (
     "test_exact_algorithms_agree_on",
     "test_backends_take_the_same_steps",
     "the_limit_of_an",
+    "lag_by_stiff_methods",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

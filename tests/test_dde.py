@@ -212,6 +212,18 @@ def test_tangents_are_exact_in_every_framework(lab):
     compare(lab, sa.BS3(), "ts", ADAPTIVE, ALL, 1e-10, sensealg=sa.ForwardADSensitivity)
 
 
+@pytest.mark.parametrize("method", ["Kvaerno3", "Rodas5P"])
+def test_tangents_are_the_transpose_for_stiff_methods(lab, method):
+    weights = lab.array(np.cos(np.arange(1.0, 13.0)).reshape(6, 2))
+    by_rows, by_columns = (
+        sa.gradient(problem(lab), getattr(sa, method)(), lambda sol: lab.xp.sum(weights * sol.u), wrt=ALL,
+                    saveat=lab.array(TIMES), sensealg=a, max_steps=400, **ADAPTIVE)
+        for a in (sa.RecursiveCheckpointAdjoint(), sa.ForwardADSensitivity()))
+    for name in ALL:  # differences of products have ten digits in Rodas5P
+        np.testing.assert_allclose(lab.numpy(getattr(by_columns, name)), lab.numpy(getattr(by_rows, name)),
+                                   rtol=1e-10 if method == "Kvaerno3" else 1e-8, atol=1e-9, err_msg=name)
+
+
 @pytest.mark.parametrize("method", ["ImplicitEuler", "ImplicitMidpoint", "Trapezoid", "Kvaerno3", "Kvaerno5"])
 def test_exact_for_implicit_methods(numpy_lab, method):
     compare(numpy_lab, getattr(sa, method)(), "ts", FIXED, ALL, 1e-10)
@@ -394,6 +406,15 @@ def test_state_dependent_lag(lab, y0):
         np.testing.assert_allclose(want, [float(reference[k]) for k in ("p", "c", "y0")], rtol=1e-12)
     assert float(r.value) == pytest.approx(paul_loss(*x), rel=1e-8)
     np.testing.assert_allclose([float(r.p["p"]), float(r.p["c"]), float(r.u0[0])], want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["Kvaerno3", "Rodas5P"])
+def test_state_dependent_lag_by_stiff_methods(lab, method):
+    x = (0.8, 1.0, 0.8)
+    r = sa.gradient(paul(lab, *x), getattr(sa, method)(), lambda sol: lab.xp.log(sol.u[0, 0]) ** 2, rtol=1e-6,
+                    atol=1e-7, max_steps=1000)
+    want = [paul_loss(*(v + 1j * E * (i == j) for j, v in enumerate(x))).imag / E for i in range(3)]
+    np.testing.assert_allclose([float(r.p["p"]), float(r.p["c"]), float(r.u0[0])], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("saves", "method"), [("ts", "RK4"), (3, "RK4"), ("ts", "Kvaerno3"), ("ts", "Rodas5P")])
