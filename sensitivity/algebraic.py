@@ -11,8 +11,9 @@ Let the columns of V and W be bases of the null spaces of M and M^T, and `P = W 
 
 By the implicit function theorem the cotangent `lam` of the consistent start goes to the given one, the parameters
 and the time as `lam + f_u^T W q`, `f_p^T W q`, `f_t . W q`, with `(W^T f_u V)^T q = -V^T lam`; so the derivative with
-respect to the guess of algebraic variables is zero. The slope's transpose needs the derivative of a pullback along
-`(1, k)`; it acts only where outputs between steps are asked of algebraic variables inside the first step.
+respect to the guess of algebraic variables is zero. The same holds of any state that a cost looks at. The slope's
+transpose needs the derivative of a pullback along `(1, k)`; it acts only where outputs between steps are asked of
+algebraic variables inside the first step.
 """
 
 from __future__ import annotations
@@ -23,39 +24,38 @@ from typing import Any
 
 from .backend import Array, Scalar
 from .diagonal import Diagonal
-from .implicit import CONVERGED, FAILED, MOST_EXACT, RUNNING, Implicit, Newton, relative, rounded
+from .implicit import CONVERGED, FAILED, MOST_EXACT, RUNNING, Implicit, Newton, Solving, relative, rounded
 from .jacobian import Jacobian
-from .mass import Mass
+from .mass import matrix
 from .matrices import dense, factorize, shifted
 from .rosenbrock import Linear, Rosenbrock
 from .stepper import Stepper
 
+CORRECTIONS = 2
 
-class Constraints(Stepper):
+
+class Constraints(Solving):
     """What steppers with a singular mass matrix have in common: consistent starts and slopes."""
 
     algebraic = True
-    jac: Jacobian
-    mass: Mass
+    corrections = CORRECTIONS
+    mass: Any
 
-    def _matrix(self, values: Any, like: Array) -> Array:
-        return self.be.asarray(values, dtype=like.dtype, device=self.be.device(like))
-
-    def _factorized(self, J: Any, hg: Scalar) -> Callable:
-        A = shifted(self.be, J, hg, self._matrix(self.mass.values, J))
-        return factorize(self.be, A, self.jac.solver)
+    def _factorized(self, J: Any, c: Scalar) -> Callable:
+        A = shifted(self.be, J, c, matrix(self.be, self.mass.values, J))
+        return self.mass.lift(self.be, factorize(self.be, A, self.jac.solver))
 
     def _weighed(self, z: Array) -> Array:
-        return z @ self._matrix(self.mass.values, z).T
+        return self.mass.weigh(self.be, z)
 
     def _weighed_back(self, z: Array) -> Array:
-        return z @ self._matrix(self.mass.values, z)
+        return self.mass.weigh_back(self.be, z)
 
     # -- the start --------------------------------------------------------------------------------------------------
 
     def start(self, t: Any, u: Array) -> tuple[Array, Any]:
         be = self.be
-        V, W = self._matrix(self.mass.right, u), self._matrix(self.mass.left, u)
+        V, W = matrix(be, self.mass.right, u), matrix(be, self.mass.left, u)
         eps = be.eps(u.dtype)
 
         def correct(state: Newton) -> tuple[Newton, Any, Any]:
@@ -71,36 +71,56 @@ class Constraints(Stepper):
         end, _ = be.iterate(correct, Newton(zero, 0.0, 1.0, 0, RUNNING), lambda s: s.status == RUNNING, MOST_EXACT)
         return be.nan_where(end.status != CONVERGED, u + V @ end.z), end.count
 
-    def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Callable]:
-        V, W = self._matrix(self.mass.right, u), self._matrix(self.mass.left, u)
-        return V, W, self.be.factorize(W.T @ dense(self.be, self.jac.exact(t, u)) @ V)
+    def corrected(self, t: Any, u: Array) -> Array:
+        """Two corrections with one Jacobian, which cube an error of the algebraic variables."""
+        V, W = matrix(self.be, self.mass.right, u), matrix(self.be, self.mass.left, u)
+        solve = self.be.factorize(W.T @ dense(self.be, self.jac.near(t, u)) @ V)
+        for _ in range(CORRECTIONS):
+            u = u - V @ solve(W.T @ self.rhs(t, u))
+        return u
+
+    def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Array, Callable]:
+        """V, W, `f_u`, and the solver with `W^T f_u V`."""
+        V, W = matrix(self.be, self.mass.right, u), matrix(self.be, self.mass.left, u)
+        J = dense(self.be, self.jac.exact(t, u))
+        return V, W, J, self.be.factorize(W.T @ J @ V)
 
     def start_vjp(self, pull: Any, t: Any, u: Array, lam: Array) -> tuple[Array, tuple[Array, ...], Any]:
-        V, W, solve = self._constraint(t, u)
+        V, W, _, solve = self._constraint(t, u)
         u_bar, theta_bar, t_bar = pull(t, u, W @ solve(-(V.T @ lam), transposed=True))
-        return lam + u_bar, theta_bar, t_bar
+        lam = lam + u_bar
+        return lam - V @ (V.T @ lam), theta_bar, t_bar  # which is orthogonal to V, but for rounding
 
     def start_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
-        V, W, solve = self._constraint(t, u)
+        V, W, _, solve = self._constraint(t, u)
         return du - solve(push(t, u, du, dt)[1] @ W) @ V.T
+
+    def costate(self, t: Any, u: Array, w: Array) -> Array:
+        """The `lam` with `M^T lam = w` and `V^T f_u^T lam = 0`."""
+        _, W, J, solve = self._constraint(t, u)
+        lam = w @ matrix(self.be, self.mass.inverse, w)
+        return lam - W @ solve(matrix(self.be, self.mass.right, w).T @ (J.T @ lam), transposed=True)
 
     # -- the first slope --------------------------------------------------------------------------------------------
 
-    def _regular(self, t: Any, u: Array, jac: Callable) -> tuple[Array, Callable]:
-        """`P`, and the solver with `M + P f_u`."""
-        W = self._matrix(self.mass.left, u)
-        P = W @ W.T
-        return P, self.be.factorize(self._matrix(self.mass.values, u) + P @ dense(self.be, jac(t, u)))
+    def _regular(self, t: Any, u: Array, jac: Callable) -> Callable:
+        """The solver with `M + P f_u`."""
+        J, W = dense(self.be, jac(t, u)), matrix(self.be, self.mass.left, u)
+        return self.mass.lift(self.be, self.be.factorize(matrix(self.be, self.mass.values, u) + W @ (W.T @ J)))
 
     def derivative(self, t: Any, u: Array) -> Array:
         """By corrections with the derivative of `f` along `(1, k)`, so that the Jacobian need not be exact."""
-        P, solve = self._regular(t, u, self.jac.near)
-        f = self.rhs(t, u)
-        k = solve(f - P @ f)
-        for _ in range(2):
+        solve, f = self._regular(t, u, self.jac.near), self.rhs(t, u)
+        constrained = partial(self.mass.constrained, self.be)
+        k = solve(f - constrained(f))
+        for _ in range(CORRECTIONS):
             (along,) = self.be.directional(partial(self._moved, t, u, k), relative(self.be, k, u))
-            k = k - solve(self._weighed(k) - f + P @ (f + along))
+            k = k - solve(self._weighed(k) - f + constrained(f + along))
         return k
+
+    @property
+    def derivative_cost(self) -> int:
+        return 1 + CORRECTIONS * (1 if self.be.traced else 2)
 
     def _moved(self, t: Any, u: Array, k: Array, e: Scalar) -> tuple[Array]:
         return (self.rhs(t + e, u + e * k),)
@@ -109,7 +129,7 @@ class Constraints(Stepper):
 class Algebraic(Constraints, Implicit):
     """A stiffly accurate diagonally implicit method bound to a singular mass matrix and a right-hand side."""
 
-    def __init__(self, be: Any, tab: Diagonal, rhs: Any, jac: Jacobian | None, mass: Mass,
+    def __init__(self, be: Any, tab: Diagonal, rhs: Any, jac: Jacobian | None, mass: Any,
                  tolerance: Any = None) -> None:
         super().__init__(be, tab, rhs, jac, tolerance)
         self.mass = mass
@@ -121,10 +141,9 @@ class Algebraic(Constraints, Implicit):
         return self.derivative(t, u)
 
     def first_vjp(self, pull: Any, t: Any, u: Array, kappa: Array) -> tuple[Array, tuple[Array, ...], Any]:
-        P, solve = self._regular(t, u, self.jac.exact)
-        k = self.derivative(t, u)
+        solve, k = self._regular(t, u, self.jac.exact), self.derivative(t, u)
         x = solve(kappa, transposed=True)
-        y = P @ x
+        y = self.mass.constrained(self.be, x)
         u_bar, theta_bar, t_bar = pull(t, u, x - y)
 
         def moved(e: Scalar) -> tuple:
@@ -135,16 +154,15 @@ class Algebraic(Constraints, Implicit):
         return u_bar - u_e, tuple(a - b for a, b in zip(theta_bar, theta_e, strict=True)), t_bar - t_e
 
     def first_jvp(self, push: Any, t: Any, u: Array, du: Array, dt: Array | None) -> Array:
-        P, solve = self._regular(t, u, self.jac.exact)
-        k = self.derivative(t, u)
+        solve, k = self._regular(t, u, self.jac.exact), self.derivative(t, u)
         df = push(t, u, du, dt)[1]
         (twice,) = self.be.directional(lambda e: (push(t + e, u + e * k, du, dt)[1],), relative(self.be, k, u))
-        return solve(df - (df + twice) @ P)
+        return solve(df - self.mass.constrained(self.be, df + twice))
 
 
 class AlgebraicRosenbrock(Constraints, Rosenbrock):
     """A stiffly accurate Rosenbrock method bound to a singular mass matrix and a right-hand side."""
 
-    def __init__(self, be: Any, tab: Linear, rhs: Any, jac: Jacobian | None, mass: Mass) -> None:
+    def __init__(self, be: Any, tab: Linear, rhs: Any, jac: Jacobian | None, mass: Any) -> None:
         super().__init__(be, tab, rhs, jac)
         self.mass = mass

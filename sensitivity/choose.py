@@ -66,7 +66,8 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
     sensealg.refuse(run)
     if run.mass is not None:
         if not sensealg.algebraic:
-            raise unsupported(sensealg.name, "a singular mass matrix", "RecursiveCheckpointAdjoint()")
+            raise unsupported(sensealg.name, "a singular mass matrix",
+                              "RecursiveCheckpointAdjoint(), GaussAdjoint() or ForwardSensitivity()")
         _check_index(run, x)
     return replace(sensealg, vjp=vjp, because=because), run
 

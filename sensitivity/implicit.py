@@ -236,7 +236,7 @@ class Implicit(Solving):
     def evaluations(self, attempts: Any, known: bool) -> Any:
         """One for the first slope; Newton's iterations are counted as they happen."""
         del attempts
-        return (1 if self.fsal else 0) + (0 if known else 1 if self.fsal else 2)
+        return (int(self.fsal) + (0 if known else 2 - int(self.fsal))) * self.derivative_cost
 
     def products(self, steps: Any, silent: int, size: int) -> Any:
         return (self.stages - self.fsal) * steps + int(self.fsal)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from .backend import Array
@@ -27,7 +28,7 @@ class Mass:
     ----------
     values : M, `(n, n)`.
     singular : whether M has no inverse.
-    inverse : M^-1, of a nonsingular M.
+    inverse : M^-1, of a nonsingular M; the pseudoinverse of a singular one.
     right, left : V and W, of a singular M.
     """
 
@@ -38,14 +39,45 @@ class Mass:
         left, sizes, right = xp.linalg.svd(self.values)
         rank = int(xp.sum(sizes > RANK * xp.max(sizes)))
         self.singular = rank < self.values.shape[0]
-        self.inverse = None if self.singular else xp.linalg.inv(self.values)
+        self.inverse = xp.linalg.inv(self.values) if not self.singular else (
+            right[:rank, :].T @ (left[:, :rank] / sizes[:rank]).T)
         self.right, self.left = right[rank:, :].T, left[:, rank:]
+
+    @cached_property
+    def transposed(self) -> Mass:
+        """M^T."""
+        return Mass(self.values.T)
+
+    def beside_one(self) -> Any:
+        """The values of the same matrix with one more equation, `q' = g`."""
+        xp, n = registry().backend("numpy").xp, self.values.shape[0]
+        out = xp.eye(n + 1)
+        out[:n, :n] = self.values
+        return out
+
+    def weigh(self, be: Any, z: Array) -> Array:
+        """`M z`, for one vector or a row for each."""
+        return z @ matrix(be, self.values, z).T
+
+    def weigh_back(self, be: Any, z: Array) -> Array:
+        """`M^T z`."""
+        return z @ matrix(be, self.values, z)
+
+    def constrained(self, be: Any, z: Array) -> Array:
+        """`P z` with `P = W W^T`."""
+        W = matrix(be, self.left, z)
+        return (z @ W) @ W.T
+
+    def lift(self, be: Any, solve: Callable[..., Array]) -> Callable[..., Array]:
+        """A solver for vectors of M's size, for the vectors in use."""
+        del be
+        return solve
 
     def divide(self, be: Any, rhs: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
         """`M^-1 rhs`."""
 
         def slope(t: Any, u: Array) -> Array:
-            return be.asarray(self.inverse, dtype=u.dtype, device=be.device(u)) @ rhs(t, u)
+            return matrix(be, self.inverse, u) @ rhs(t, u)
 
         return slope
 
@@ -54,6 +86,37 @@ class Mass:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+class Blocks:
+    """The matrix with a singular M once for each of `count` parts of a vector, and with ones for what follows them."""
+
+    def __init__(self, mass: Mass, count: int = 1) -> None:
+        self.mass, self.count = mass, count
+        self.values, self.left, self.right = mass.values, mass.left, mass.right
+
+    def _each(self, be: Any, z: Array, act: Callable[[Array], Array], rest: float) -> Array:
+        xp, n, lead = be.xp, self.values.shape[0], tuple(z.shape[:-1])
+        end = n * self.count
+        parts = xp.reshape(act(xp.reshape(z[..., :end], (-1, n))), (*lead, end))
+        return xp.concat([parts, rest * z[..., end:]], axis=-1)
+
+    def weigh(self, be: Any, z: Array) -> Array:
+        return self._each(be, z, lambda rows: self.mass.weigh(be, rows), 1.0)
+
+    def weigh_back(self, be: Any, z: Array) -> Array:
+        return self._each(be, z, lambda rows: self.mass.weigh_back(be, rows), 1.0)
+
+    def constrained(self, be: Any, z: Array) -> Array:
+        return self._each(be, z, lambda rows: self.mass.constrained(be, rows), 0.0)
+
+    def lift(self, be: Any, solve: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda b, transposed=False: self._each(be, b, lambda rows: solve(rows, transposed), 1.0)
+
+
+def matrix(be: Any, values: Any, like: Array) -> Array:
+    """A matrix of NumPy numbers as an array like another."""
+    return be.asarray(values, dtype=like.dtype, device=be.device(like))
 
 
 def mass_of(prob: Any, method: Any, size: int) -> Mass | None:

@@ -277,7 +277,7 @@ class Rosenbrock(Solving):
     # -- costs ------------------------------------------------------------------------------------------------------
 
     def evaluations(self, attempts: Any, known: bool) -> Any:
-        return self.stages * attempts + (0 if known else 2)
+        return self.stages * attempts + (0 if known else 2 * self.derivative_cost)
 
     def products(self, steps: Any, silent: int, size: int) -> Any:
         """One at each stage, and those that the second derivative takes."""

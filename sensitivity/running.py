@@ -120,8 +120,6 @@ def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x:
     cause = None
     if type(prob) not in (ODEProblem, DDEProblem):
         cause = f"{type(prob).__name__}"
-    elif prob.mass_matrix is not None:
-        cause = "a mass matrix"
     elif be.is_complex(x.u0):
         cause = "a complex state"
     if cause:
@@ -134,7 +132,9 @@ def with_running_cost(prob: Any, costs: tuple[ContinuousCost, ...], run: Run, x:
         lags = OwnLags(prob.lags) if of_the_state(prob.lags) else prob.lags
         return prob.remake(f=DelayedRunningField(prob.f, g), u0=[prob.u0, zero], lags=lags,
                            history=OwnHistory(prob.history, zero))
-    changes: dict[str, Any] = {"f": RunningField(prob.f, g), "u0": [prob.u0, zero], "jac_sparsity": None}
+    mass = run.mass or run.field.mass
+    changes: dict[str, Any] = {"f": RunningField(prob.f, g), "u0": [prob.u0, zero], "jac_sparsity": None,
+                               "mass_matrix": None if mass is None else mass.beside_one()}
     own = all(c.dgdu is not None for c in costs)
     products = (("vjp", RunningVJP), ("jvp", RunningJVP), ("jac", RunningJac), ("paramjac", RunningParamJac))
     for name, extended in products:

@@ -35,6 +35,7 @@ class Stepper:
     one_step : whether steps can be made one at a time; else `march` makes them all.
     implicit : whether stages solve equations, so that a step may fail although `f` is finite.
     algebraic : whether the state has to satisfy constraints.
+    corrections : how often `corrected` evaluates `f`.
     """
 
     be: Any
@@ -45,6 +46,7 @@ class Stepper:
     one_step: bool = True
     implicit: bool = False
     algebraic: bool = False
+    corrections: int = 0
 
     def march(self, run: Any, s: Any, u0: Array, rtol: Any, atol: Any, sink: Any, h: Scalar | None,
               limit: int) -> tuple[Any, Any]:
@@ -79,9 +81,23 @@ class Stepper:
         """Tangents of the consistent start `u`."""
         raise NotImplementedError
 
+    def corrected(self, t: Any, u: Array) -> Array:
+        """A state between the steps, back on the constraints: dense output is less accurate in algebraic variables."""
+        del t
+        return u
+
+    def costate(self, t: Any, u: Array, w: Array) -> Array:
+        """The `lam` with `M^T lam = w` that the constraints of the adjoint equation allow."""
+        raise NotImplementedError
+
     def derivative(self, t: Any, u: Array) -> Array:
         """`u'` at a state."""
         return self.rhs(t, u)
+
+    @property
+    def derivative_cost(self) -> int:
+        """How often `derivative` evaluates `f`."""
+        return 1
 
     def first(self, t: Any, u: Array) -> Array | None:
         """What the first step of a segment needs to know beforehand: `f(t, u)`, or None."""

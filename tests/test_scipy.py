@@ -98,7 +98,11 @@ def test_work_is_counted(method, jac, name):
     assert r.stats.nvjp == counted.products
     assert (counted.jacobians > 0) == (jac and method == "BDF")
     if name in ("InterpolatingAdjoint", "BacksolveAdjoint"):
-        assert counted.jacobians == (r.stats.njac if jac and method == "BDF" else 0)
+        # Backwards SciPy makes its own from the right-hand side, whose evaluations are the products counted above.
+        made = counted.jacobians
+        alone = sa.solve(counted.problem(jac=counted.jac if jac else None), sa.ScipySolver(method), saveat=TIMES,
+                         rtol=1e-5, atol=1e-5, probe="off")
+        assert made == (alone.stats.njac if jac and method == "BDF" else 0) <= r.stats.njac
 
 
 @pytest.mark.parametrize("checkpoints", [3, "saveat"])

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
-from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning
-from ..integrate import evaluations
+from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning, UnsupportedCombination
+from ..implicit import relative
+from ..jacobian import Jacobian
 from ..retcode import RetCode
 from . import base
 from .continuous import ContinuousAdjoint
@@ -75,6 +76,14 @@ class BacksolveAdjoint(ContinuousAdjoint):
             raise InputError(f"seminorm={self.seminorm!r} is neither True nor False",
                              "it says whether the parameters count in the error norm", "seminorm=True")
 
+    def refuse(self, run: Any) -> None:
+        if run.mass is not None:
+            raise UnsupportedCombination("BacksolveAdjoint does not go with a singular mass matrix",
+                                         "it integrates the state backwards, where what the constraints damp grows",
+                                         "sensealg=GaussAdjoint() or InterpolatingAdjoint(), which keep the forward "
+                                         "solution, or RecursiveCheckpointAdjoint()")
+        super().refuse(run)
+
     @property
     def stores(self) -> bool:
         """States at the stops are all that is ever kept."""
@@ -103,8 +112,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
                       if given is None and getattr(own, "ndim", 0) > 0 else shared
                       for given, own, shared in ((self.rtol, x.rtol, way.rtol), (self.atol, x.atol, way.atol)))
         last, _, stepper = way.solve(leg, t, augmented, xp.concat([leg.u, leg.lam, leg.mu]), worst_part(be, parts),
-                                     parts=(n, n, leg.mu.shape[0]), rtol=rtol, atol=atol)
-        count = evaluations(way.adjoint, stepper, last, started=True)
+                                     parts=(n, n, leg.mu.shape[0]), rtol=rtol, atol=atol, jac=_jacobian(way, pull, n))
+        ran, count = way.ran(leg, stepper, last)
         found = last.u[:n]
         walking = leg.status == 0
         mismatch = be.choose(walking, _known(be, be.rms(be.scaled(
@@ -112,7 +121,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
         drift = _known(be, be.rms(found - u) / be.choose(size > 0.0, size, 1.0))
         lost = ((mismatch > DOUBTFUL) & (drift > LOST)) | ((last.status != 0) & (last.status != int(RetCode.MaxSteps)))
         status = be.choose(lost, int(RetCode.Unstable), last.status)
-        return leg._replace(lam=last.u[n:2 * n], mu=last.u[2 * n:], u=u if self.checkpointing else found, h=last.h,
+        return ran._replace(lam=last.u[n:2 * n], mu=last.u[2 * n:], u=u if self.checkpointing else found,
                             nvjp=leg.nvjp + count, nfe=leg.nfe + count, status=be.greatest(leg.status, status),
                             mismatch=be.greatest(leg.mismatch, mismatch), drift=be.greatest(leg.drift, drift))
 
@@ -133,6 +142,35 @@ class BacksolveAdjoint(ContinuousAdjoint):
         if mismatch > DOUBTFUL and status == RetCode.Success:
             warnings.warn(f"{what}; {why}: more checkpoints= help, sensealg=GaussAdjoint() avoids it",
                           UnstableSensealgWarning, stacklevel=4)
+
+
+def _jacobian(way: Way, pull: Any, n: int) -> Jacobian | None:
+    """Linear systems with the Jacobian of the three equations, block by block, for methods that ask for it:
+
+        (1 - c J) a = r,   (1 + c J^T) b = s - c (f_u^T lam)_u a,   d = q - c ((f_p^T lam)_u a + f_p^T b)
+    """
+    be, xp, method = way.be, way.be.xp, way.adjoint.method
+    if not (method.implicit and method.one_step):
+        return None
+    forward: Any = base.bound(base.replace(way.run, method=method), way.x)
+
+    def system(t: Any, z: Array, c: Scalar) -> Any:
+        u, lam = z[:n], z[n:2 * n]
+        ahead, back = (forward.system(t, u, v, exact=method.exact_jacobian) for v in (c, -c))
+
+        def moved(a: Array, e: Scalar) -> tuple:
+            lam_bar, theta_bar, _ = pull(t, u + e * a, lam)
+            return lam_bar, way.flat(theta_bar, z)
+
+        def solve(r: Array) -> Array:
+            a = ahead(r[:n])
+            bent, turned = be.directional(lambda e: moved(a, e), relative(be, a, u))
+            b = back(r[n:2 * n] - c * bent, transposed=True)
+            return xp.concat([a, b, r[2 * n:] - c * (turned + way.flat(pull(t, u, b)[1], z))])
+
+        return solve
+
+    return Jacobian(None, None, system=system)
 
 
 def _looser(be: Any, forward: Any, own: float | None) -> Any:

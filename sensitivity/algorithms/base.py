@@ -20,6 +20,7 @@ from ..jacobian import of_field
 from ..stepper import Stepper
 from ..system import Inputs
 from ..watch import Watch
+from . import consistent
 
 
 class Outputs(NamedTuple):
@@ -199,11 +200,13 @@ def bound(run: Run, x: Inputs) -> Stepper:
 
 
 class Solved(NamedTuple):
-    """What the forward solve leaves for the derivatives."""
+    """What the forward solve leaves for the derivatives; `x.u0` is the consistent start, `u` the states at the save
+    times if they had to be made consistent."""
 
     x: Inputs
     log: Any
     end: State
+    u: Any = None
 
 
 def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[Outputs, Aux, Solved]:
@@ -234,6 +237,9 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         if keep or run.dense:
             u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, u0, s.direction)
         u = be.reached(stepper.seen(u), ts, end.t, s.direction)
+        if stepper.algebraic:
+            u, more = consistent.states(be, stepper, ts, u)
+            spent = spent + more
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t)
         u = stepper.seen(u)
@@ -253,7 +259,9 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     algebra = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
     aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
               tuple(made + spent for made in algebra))
-    return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(x, log if keep or run.dense else None, end)
+    kept = x._replace(u0=u0) if stepper.algebraic else x
+    return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(
+        kept, log if keep or run.dense else None, end, u if timed and stepper.algebraic else None)
 
 
 def opened(run: Run, solved: Solved) -> tuple[Solved, Stepper]:

@@ -4,7 +4,7 @@ With `G = sum_i l_i(u(t_i))` and `lam(t)` the total derivative of G with respect
 
     lam' = -f_u(t, u, p)^T lam,   lam(t1+) = 0,   lam(t_i-) = lam(t_i+) + l_{i,u},
     dG/du0 = lam(t0),   dG/dp = mu(t0),   mu' = -f_p(t, u, p)^T lam,   mu(t1) = 0,
-    dG/dt_i = l_{i,u} . f(t_i, u(t_i)),   dG/dt0 = -lam(t0) . f(t0, u0),   dG/dt1 = l_u . f(t1) for an output at t1.
+    dG/dt_i = l_{i,u} . u'(t_i),   dG/dt0 = -lam(t0) . u'(t0),   dG/dt1 = l_u . u'(t1) for an output at t1.
 
 Stops are the save times, the checkpoints and `t0`, sorted from the last to the first. Between two of them, on one leg,
 nothing jumps; there the algorithms differ, in where `u(t)` comes from and how the integral for `dG/dp` is made
@@ -25,7 +25,7 @@ from ..errors import InputError, TimesError, UnsupportedCombination
 from ..integrate import Run, Span, span
 from ..methods import Method
 from ..system import Inputs
-from . import base
+from . import base, consistent
 from .frozen import frozen_tangent
 from .points import budget, width
 from .walk import Kept, Leg, Way, interpolated, least
@@ -72,6 +72,9 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         method = self.alg or run.method
         if missing := method.missing(run.be):
             raise UnsupportedCombination(f"{self.name}(alg={method!r}) cannot run here", missing, "alg=sa.Dopri5()")
+        if run.mass is not None and not method.algebraic:
+            raise UnsupportedCombination(f"{self.name}(alg={method.name}()) cannot use a singular mass matrix",
+                                         "the costate has constraints as the state has", "alg=sa.Kvaerno5()")
         if run.controller.adaptive and not method.adaptive:
             raise UnsupportedCombination(f"{self.name}(alg={method.name}()) has no step size",
                                          "the method has no error estimate, and the forward solve no fixed dt",
@@ -113,13 +116,13 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
                                    "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
         if not self.stores or run.saves == "steps":
             out, aux, solved = base.solve_forward(interpolated(run), x, keep=True)
-            return out, aux, Kept(x, None if self.stores else solved.log, solved.end, aux.ts, out.u)
+            return out, aux, Kept(solved.x, None if self.stores else solved.log, solved.end, aux.ts, out.u)
         s = span(be, x.t0, x.t1)
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         points, k = self.points(run, x, s), len(ts)
         if not len(points):
             out, aux, solved = base.solve_forward(run, x, keep=False)
-            return out, aux, Kept(x, None, solved.end, ts, out.u)
+            return out, aux, Kept(solved.x, None, solved.end, ts, out.u)
         every = be.joined(ts, points)
         sampled = x._replace(saveat=be.time_vector(every, x.u0))
         out, aux, solved = base.solve_forward(base.replace(run, saves="ts"), sampled, keep=False)
@@ -128,7 +131,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
             u = be.xp.concat([solved.end.u[None, :], u[1:, :]])
             every = be.joined([solved.end.t], points)
         return (out._replace(u=u[:k, :]), aux._replace(ts=[solved.end.t] if run.saves is None else ts),
-                Kept(x, None, solved.end, every, u))
+                Kept(solved.x, None, solved.end, every, u))
 
     # -- reverse ------------------------------------------------------------------------------------------------
 
@@ -146,13 +149,20 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         s = span(be, x.t0, x.t1)
         if run.events:
             return over_events(self, run, kept, way, ct, wanted)
-        silent = [0.0 * kept.u[ct.u.shape[0]:, :], 0.0 * x.u0[None, :]]
-        rows = xp.concat([xp.concat([ct.u, *silent]), xp.concat([kept.u, x.u0[None, :]])], axis=1)
-        ts, rows = be.sort_down(be.joined(kept.ts, [s.t0]), rows, s.direction)
         size = sum(base.size_of(v) for v in x.theta) if way.params else 0
+        mu, seen, jumps = be.padded(0.0 * x.u0[:0], size), ct.u, 0
+        if run.mass is not None:
+            jumps, stepper = ct.u.shape[0], base.bound(run, x)
+            theta0 = be.zeros(x.theta) if way.params else ()
+            theta0, seen, _ = consistent.pulled(be, stepper, way.pull(way.params), theta0, kept.ts[:jumps],
+                                                kept.u[:jumps, :], ct.u)
+            mu = way.flat(theta0, x.u0) if way.params else mu
+        silent = [0.0 * kept.u[ct.u.shape[0]:, :], 0.0 * x.u0[None, :]]
+        rows = xp.concat([xp.concat([seen, *silent]), xp.concat([kept.u, x.u0[None, :]])], axis=1)
+        ts, rows = be.sort_down(be.joined(kept.ts, [s.t0]), rows, s.direction)
         first = s.direction * abs(kept.end.h if way.adjoint.dt is None else way.adjoint.dt)
-        start = Leg(ts[0], rows[0][:n], be.padded(0.0 * x.u0[:0], size), rows[0][n:], -first, s.direction *
-                    abs(kept.end.h), 0, 0, 0, 0.0, 0.0)
+        start = Leg(ts[0], rows[0][:n], mu, rows[0][n:], -first, s.direction * abs(kept.end.h), jumps, 0, 0, 0.0, 0.0,
+                    (jumps, jumps, jumps))
 
         def segment(leg: Leg, stop: tuple) -> tuple[Leg, int]:
             t, row = stop
@@ -164,7 +174,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         theta = be.split(leg.mu, x.theta) if way.params else ()
         t0_bar, t1_bar, ts_bar, nfe = self.moved(run, kept, ct, leg.lam, wanted)
         return base.Cotangents(leg.lam, theta, t0_bar, t1_bar, ts_bar, leg.nvjp, leg.nfe + nfe, leg.status,
-                               *self.measured(leg))
+                               *self.measured(leg), leg.algebra)
 
     def measured(self, leg: Leg) -> tuple[Scalar | None, Scalar | None]:
         """How far the state integrated backwards was off, where an algorithm does that."""
@@ -176,14 +186,17 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         if not base.times_wanted(wanted):
             return 0.0, 0.0, None, 0
         be, x, k = run.be, kept.x, ct.u.shape[0]
-        s = span(be, x.t0, x.t1)
-        rhs = run.field.bind(be, x.theta, x.constants)
-        t0_bar = -be.dot(lam, rhs(be.time(s.t0), x.u0))
+        s, stepper = span(be, x.t0, x.t1), base.bound(run, x)
+        cost = stepper.derivative_cost
+
+        def speed(t: Scalar, u: Array, bar: Array) -> Scalar:
+            return be.dot(bar, stepper.derivative(be.time(t), u))
+
+        t0_bar = -speed(s.t0, x.u0, lam)
         if run.saves is None:
-            return t0_bar, be.dot(ct.u[0, :], rhs(be.time(s.t1), kept.end.u)), None, 2
-        _, ts_bar = be.scan(lambda _, i: (0, be.dot(i[1], rhs(be.time(i[0]), i[2]))), 0,
-                            (kept.ts[:k], ct.u, kept.u[:k, :]))
-        return *base.fold_times(run, ts_bar, t0_bar, 0.0)[:2], ts_bar, k + 1
+            return t0_bar, speed(s.t1, kept.end.u, ct.u[0, :]), None, 2 * cost
+        _, ts_bar = be.scan(lambda _, i: (0, speed(i[0], i[1], i[2])), 0, (kept.ts[:k], kept.u[:k, :], ct.u))
+        return *base.fold_times(run, ts_bar, t0_bar, 0.0)[:2], ts_bar, (k + 1) * cost
 
     def _way(self, run: Run, kept: Kept, wanted: frozenset[str]) -> Way:
         """The settings of the backward solve: no stops, no progress, steps from the controller."""
@@ -208,7 +221,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
             raise base.unsupported(f"the forward mode of {self.name}", f"{run.method.name}, whose steps are not known",
                                    "ForwardSensitivity()")
         run = interpolated(run)
-        solved = base.Solved(residuals.x, residuals.log, residuals.end)
+        solved = base.Solved(residuals.x, residuals.log, residuals.end, residuals.u)
         if solved.log is None:
             solved = base.solve_forward(run, residuals.x, keep=True)[2]
         return frozen_tangent(run, solved, d)

@@ -25,7 +25,7 @@ from ..integrate import Run, span
 from ..retcode import RetCode
 from ..stepper import Adjoint
 from ..system import Inputs
-from . import base, budget
+from . import base, budget, consistent
 from .frozen import frozen_tangent
 from .jumps import sweep
 
@@ -121,22 +121,27 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        (x, log, end), stepper = budget.opened(run, residuals) if self.budgeted else base.opened(run, residuals)
+        (x, log, end, _), stepper = budget.opened(run, residuals) if self.budgeted else base.opened(run, residuals)
         params = "theta" in wanted and bool(x.theta)
         time = base.times_wanted(wanted) or bool(run.events)
         s = span(be, x.t0, x.t1)
         pull = run.vjp.pullback(run, x, time=time, params=params)
         lam, extra, ts_bar = stepper.lift(0.0 * x.u0), None, None
+        theta0, moves = be.zeros(x.theta) if params else (), None
         if run.saves is None:
             lam = stepper.seen_vjp(ct.u)[0, :]
         elif run.saves == "steps":
             extra, lam = be.nodes_vjp(log, stepper.seen_vjp(ct.u))
         else:
-            ts = base.save_times(run, x, s)
-            extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, stepper.seen_vjp(ct.u), s.direction)
+            ts, rows = base.save_times(run, x, s), ct.u
+            if stepper.algebraic:
+                theta0, rows, moves = consistent.pulled(be, stepper, pull, theta0, ts, residuals.u, rows)
+            extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, stepper.seen_vjp(rows), s.direction)
+            if moves is not None:
+                _, ts_bar = be.scan(lambda _, x: (0, x[0] + x[1]), 0, (ts_bar, moves))
         if ct.nodes is not None:
             extra = be.stacked_vjp(log, ct.nodes, ct.stages, extra)
-        state = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, be.zeros(x.theta) if params else (), 0.0, 0.0)
+        state = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, theta0, 0.0, 0.0)
 
         def back(state: Adjoint, record: Record, out: Any, last: Any) -> Adjoint:
             return stepper.vjp(pull, record, out, last, time, state)

@@ -1,6 +1,6 @@
 """Forward sensitivities: integrate the state and its derivatives together.
 
-    S' = f_u S + f_x,   S(t0) = du0/dx (and -f(t0, u0) for x = t0),
+    M S' = f_u S + f_x,   S(t0) = du0/dx (and -u'(t0) for x = t0),
 
 and at an event c(t, u, p) = 0 with u+ = R(t, u-, p) (Serban and Recuero 2019, J. Comput. Nonlinear Dynam. 14; Kong et
 al. 2024, Proc. IEEE 112, eq. 8)
@@ -18,10 +18,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
 from ..errors import InputError
+from ..implicit import relative
 from ..integrate import Run, evaluations, integrate, span
+from ..jacobian import Jacobian
+from ..mass import Blocks
 from ..system import Inputs
 from ..watch import Watch
-from . import base
+from . import base, consistent
 from .frozen import EventTangents, save_time_tangents
 from .jumps import ambiguous
 
@@ -55,6 +58,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     errors: str = "all"
 
     events: ClassVar[bool] = True
+    algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
@@ -100,18 +104,21 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         be, xp = run.be, run.be.xp
         n, m = x.u0.shape[0], d.u0.shape[0]
         s = span(be, x.t0, x.t1)
-        rhs = run.field.bind(be, x.theta, x.constants)
+        rhs, own = run.field.bind(be, x.theta, x.constants), base.bound(run, x)
         push = run.vjp.pushforward(run, x, d.theta)
-        S0 = d.u0 if d.t0 is None else d.u0 - d.t0[:, None] * rhs(be.time(s.t0), x.u0)[None, :]
+        u0, spent = own.start(be.time(s.t0), x.u0)
+        S0 = own.start_jvp(push, be.time(s.t0), u0, d.u0, d.t0) if own.algebraic else d.u0
+        if d.t0 is not None:
+            S0 = S0 - d.t0[:, None] * own.derivative(be.time(s.t0), u0)[None, :]
 
         def augmented(t: Any, z: Array) -> Array:
             f, df = push(t, z[:n], xp.reshape(z[n:], (m, n)), None)
             return xp.concat([f, xp.reshape(df, (m * n,))])
 
-        own, covered = run.norm or be.rms, self.errors == "all" and m > 0
-        norm = (lambda e: be.greatest(own(e[:n]), be.rms(e[n:]))) if covered else (lambda e: own(e[:n]))
-        stepper = run.stepper(augmented)
-        z0 = xp.concat([x.u0, xp.reshape(S0, (m * n,))])
+        size, covered = run.norm or be.rms, self.errors == "all" and m > 0
+        norm = (lambda e: be.greatest(size(e[:n]), be.rms(e[n:]))) if covered else (lambda e: size(e[:n]))
+        stepper = _bound(run, own, push, augmented, n, m)
+        z0 = xp.concat([u0, xp.reshape(S0, (m * n,))])
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
         sink = None
         if run.saves is not None:
@@ -124,11 +131,14 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
                               limit=None if sink is None or run.events else run.capacity)
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
         u, S = rows[:, :n], xp.permute_dims(xp.reshape(rows[:, n:], (-1, m, n)), (1, 0, 2))
+        if own.algebraic and run.saves is not None:
+            u, more = consistent.states(be, own, ts, u)
+            S, spent = consistent.pushed(be, own, push, ts, u, S, None), spent + more
         speed = None
-        nfe = evaluations(run, stepper, end) + (d.t0 is not None)
+        nfe = evaluations(run, stepper, end) + spent + own.derivative_cost * (d.t0 is not None)
         if moving:
-            _, slopes = be.scan(lambda _, i: (0, rhs(be.time(i[0]), i[1])), 0, (ts, u))
-            speed, nfe = be.gathered(slopes), nfe + u.shape[0]
+            _, slopes = be.scan(lambda _, i: (0, own.derivative(be.time(i[0]), i[1])), 0, (ts, u))
+            speed, nfe = be.gathered(slopes), nfe + own.derivative_cost * u.shape[0]
         out, moved, events, status = base.Outputs(u), base.Outputs(S), None, end.status
         if jumps is not None:
             out, moved, events = jumps.outputs(end, u, S)
@@ -137,8 +147,9 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
                 speed = be.choose(end.watch.ended, 0.0 * speed, speed)
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
-        aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None,
-                       events, stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive))
+        algebra = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
+        aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None, events,
+                       tuple(made + spent for made in algebra))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
@@ -179,6 +190,36 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         if speed is not None:
             moved[0] = moved[0] + _save_moves(run, d)[:, :, None] * speed[None, :, :]
         return base.Outputs(*moved)
+
+
+def _bound(run: Run, own: Any, push: Any, augmented: Any, n: int, m: int) -> Any:
+    """The method for state and tangents, `z = (u, S)`. With J = f_u and `D(v)` the derivative of `f_u S + f_x` in `u`
+    along v, its linear systems are block triangular, and all have the matrix of the state alone:
+
+        (M - c J) a = r,   (M - c J) A = R + c D(a)
+    """
+    if not (run.method.implicit and run.method.one_step) or not m:
+        return run.stepper(augmented) if m else own
+    be, xp = run.be, run.be.xp
+
+    def system(t: Any, z: Array, c: Any) -> Any:
+        u, S = z[:n], xp.reshape(z[n:], (m, n))
+        one = own.system(t, u, c, exact=run.method.exact_jacobian)
+
+        def solve(b: Array) -> Array:
+            a = one(b[:n])
+            (along,) = be.directional(lambda e: (push(t, u + e * a, S, None)[1],), relative(be, a, u))
+            A = one(xp.reshape(b[n:], (m, n)) + c * along)
+            return xp.concat([a, xp.reshape(A, (m * n,))])
+
+        return solve
+
+    def jac(t: Any, z: Array) -> Array:
+        return own.jac.exact(t, z[:n])
+
+    info = Jacobian(jac, jac, system=system)
+    known = (info,) if run.mass is None else (info, Blocks(run.mass, m + 1))
+    return run.method.bind(be, augmented, run.inside, *known)
 
 
 class _Jumps:

@@ -36,6 +36,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     events: ClassVar[bool] = True
+    algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 

@@ -17,7 +17,7 @@ from ..integrate import Run, span
 from ..stepper import Stepper, Tangent
 from ..system import Inputs
 from ..trust import trusted
-from . import base
+from . import base, consistent
 
 
 class Ahead(NamedTuple):
@@ -32,7 +32,7 @@ class Ahead(NamedTuple):
 def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
     """Push directions through the accepted steps of a solve: `(m, k, n)` at its outputs; with events, `Outputs`."""
     be, xp = run.be, run.be.xp
-    (x, log, end), stepper = base.opened(run, solved)
+    (x, log, end, _), stepper = base.opened(run, solved)
     timed = run.saves not in (None, "steps")
     moving = bool(run.events) or not (d.t0 is None and d.t1 is None and d.saveat is None)
     zero: Array = d.u0[:, 0] * 0.0
@@ -67,6 +67,9 @@ def frozen_tangent(run: Run, solved: base.Solved, d: base.Tangents) -> Any:
                   be.ledger(example, run.max_events) if run.events else None)
     state, tangents = be.follow(ahead, start, log)
     du = at_outputs(run, x, stepper, log, tangents, d, (dt0, dt1), moving) if timed else None
+    if timed and stepper.algebraic:
+        moves = save_time_tangents(run, d, dt0, dt1) if moving else None
+        du = consistent.pushed(be, stepper, push, base.save_times(run, x, s), solved.u, du, moves)
     if run.saves is None:
         du = stepper.seen(state.node.u)[:, None, :]
     elif run.saves == "steps":

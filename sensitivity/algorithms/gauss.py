@@ -19,10 +19,8 @@ from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Record, Scalar
-from ..integrate import State
-from ..jacobian import Jacobian, given
-from ..stepper import Stepper
 from .continuous import ContinuousAdjoint
+from .costate import Costate
 from .points import checked_points
 from .walk import Leg, Path, Way, path
 
@@ -49,6 +47,7 @@ class GaussAdjoint(ContinuousAdjoint):
     checkpointing: Any = "auto"  # type: ignore[misc]
     checkpoints: Any = None  # type: ignore[misc]
 
+    algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("norcliffe2023", "cao2003")
 
     def __post_init__(self) -> None:
@@ -58,21 +57,19 @@ class GaussAdjoint(ContinuousAdjoint):
 
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
         known, leg = path(way, leg, t, u)
-        pull = way.pull(False)
+        equation = Costate(way, known)
         sink = None
         if way.params:
             stepper = way.adjoint.method.bind(way.be, None, True)
-            sink = way.be.fold(panels(way, known, stepper.interpolate, nodes_for(stepper.order)), (leg.mu, 0))
-        jac = Transposed(way, pull, known)
-        last, total, stepper = way.solve(leg, t, costate(way, pull, known), leg.lam, None, sink, jac=jac.info)
+            sink = way.be.fold(panels(way, known, equation, stepper.interpolate, nodes_for(stepper.order)), (leg.mu, 0))
+        last, total, stepper = way.solve(leg, t, equation.rhs, equation.enter(leg), None, sink, jac=equation.jac,
+                                         mass=equation.mass)
+        before = leg
         leg, count = way.ran(leg, stepper, last)
         mu, nodes = (leg.mu, 0) if total is None else total
-        return leg._replace(lam=last.u, mu=mu, nvjp=leg.nvjp + count + nodes + jac.products(stepper, last))
-
-
-def costate(way: Way, pull: Callable, known: Path) -> Callable:
-    """The costate equation along a known path."""
-    return lambda t, lam: -pull(t, known.u(way.be.scalar(t)), lam)[0]
+        products = count + nodes + equation.rows(before, leg)
+        leg = equation.counted(before, leg, count + nodes, nodes)
+        return leg._replace(lam=equation.leave(last.u), mu=mu, nvjp=leg.nvjp + products)
 
 
 class Panel(NamedTuple):
@@ -83,13 +80,14 @@ class Panel(NamedTuple):
     count: Any
 
 
-def panels(way: Way, known: Path, interpolate: Callable, m: int) -> Callable:
+def panels(way: Way, known: Path, equation: Costate, interpolate: Callable, m: int) -> Callable:
     """`(mu, count), record -> (mu, count)`: add `-int f_p^T lam` over one backward step."""
     be, pull = way.be, way.pull(True)
 
     def rate(record: Record, t: Scalar) -> Array:
-        lam = interpolate(record, [t])[0, :]
-        return way.flat(pull(be.time(t), known.u(t), lam)[1], lam)
+        u = known.u(t)
+        lam = equation.consistent(t, u, interpolate(record, [t])[0, :])
+        return way.flat(pull(be.time(t), u, lam)[1], lam)
 
     return subtracted(be, rate, known.size, m)
 
@@ -119,39 +117,6 @@ def subtracted(be: Any, rate: Callable[[Record, Scalar], Array], size: Callable[
         return last.mu, last.count
 
     return fold
-
-
-class Transposed:
-    """What an implicit method may know of `-f_u^T`: the user's Jacobian or pattern, else rows by products."""
-
-    def __init__(self, way: Way, pull: Callable, known: Path) -> None:
-        self.way, self.pull, self.known, self.user = way, pull, known, given(way.run, way.x)
-        self.by_rows = self.user is None
-
-    @property
-    def info(self) -> Jacobian | None:
-        if not self.way.adjoint.method.implicit:
-            return None
-        pattern = None if self.user is None or self.user.sparsity is None else self.user.sparsity.T
-        at = self.rows if self.user is None else None if self.user.near is None else self.user_transposed
-        return Jacobian(at, at, pattern)
-
-    def user_transposed(self, t: Any, lam: Array) -> Array:
-        assert self.user is not None
-        assert self.user.near is not None
-        return -self.user.near(t, self.known.u(self.way.be.scalar(t))).T
-
-    def rows(self, t: Any, lam: Array) -> Array:
-        be = self.way.be
-        u = self.known.u(be.scalar(t))
-        n = u.shape[0]
-        return -be.xp.stack([self.pull(t, u, be.unit_rows(1, n, -i, u)[0, :])[0] for i in range(n)]).T
-
-    def products(self, stepper: Stepper, last: State) -> Any:
-        """How many products its Jacobians took."""
-        adaptive = self.way.adjoint.controller.adaptive
-        many = stepper.algebra(last.accepted + last.rejected, last.iterations, adaptive)[0] if self.by_rows else 0
-        return many * last.u.shape[0]
 
 
 def nodes_for(order: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from .continuous import ContinuousAdjoint
+from .costate import Costate
 from .points import checked_points
 from .walk import Leg, Way, path, worst_part
 
@@ -45,6 +46,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     checkpoints: Any = None  # type: ignore[misc]
 
     second_order: ClassVar[bool] = True
+    algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("cao2003", "rackauckas2020")
 
     def __post_init__(self) -> None:
@@ -53,17 +55,18 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         object.__setattr__(self, "checkpoints", points)
 
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
-        be, xp = way.be, way.be.xp
         n = leg.lam.shape[0]
         known, leg = path(way, leg, t, u)
-        pull = way.pull(way.params)
-
-        def augmented(t: Any, z: Array) -> Array:
-            lam_bar, theta_bar, _ = pull(t, known.u(be.scalar(t)), z[:n])
-            return -xp.concat([lam_bar, way.flat(theta_bar, z)])
-
+        equation = Costate(way, known)
+        rhs, jac = equation.both(n)
         parts = (n, leg.mu.shape[0])
-        last, _, stepper = way.solve(leg, t, augmented, xp.concat([leg.lam, leg.mu]), worst_part(be, parts),
-                                     parts=parts)
+        z = way.be.xp.concat([equation.enter(leg), leg.mu])
+        last, _, stepper = way.solve(leg, t, rhs, z, worst_part(way.be, parts), parts=parts, jac=jac,
+                                     mass=equation.wide_mass)
+        before = leg
         leg, count = way.ran(leg, stepper, last)
-        return leg._replace(lam=last.u[:n], mu=last.u[n:], nvjp=leg.nvjp + count)
+        solves = leg.algebra[2] - before.algebra[2]
+        leg = equation.counted(before, leg, count)
+        if way.params and jac is not None:
+            count = count + solves
+        return leg._replace(lam=equation.leave(last.u[:n]), mu=last.u[n:], nvjp=leg.nvjp + count)

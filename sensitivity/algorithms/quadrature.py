@@ -23,7 +23,7 @@ from ..backend import Array, Scalar
 from ..errors import InputError
 from ..retcode import RetCode
 from .continuous import ContinuousAdjoint
-from .gauss import Transposed, costate
+from .costate import Costate
 from .walk import Leg, Way, least, path
 
 PANELS = 100_000
@@ -62,6 +62,7 @@ class QuadratureAdjoint(ContinuousAdjoint):
     quad_rtol: float | None = None
     quad_atol: float | None = None
 
+    algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("kim2021", "piessens1983")
 
     def __post_init__(self) -> None:
@@ -75,31 +76,32 @@ class QuadratureAdjoint(ContinuousAdjoint):
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
         be = way.be
         known, leg = path(way, leg, t, u)
-        pull = way.pull(False)
-        jac = Transposed(way, pull, known)
+        equation = Costate(way, known)
         sink = be.store(way.run.capacity) if way.params else None
-        last, log, stepper = way.solve(leg, t, costate(way, pull, known), leg.lam, None, sink, jac=jac.info)
-        before = leg
+        before, lam = leg, equation.enter(leg)
+        last, log, stepper = way.solve(leg, t, equation.rhs, lam, None, sink, jac=equation.jac, mass=equation.mass)
         leg, count = way.ran(leg, stepper, last)
-        leg = leg._replace(lam=last.u, nvjp=leg.nvjp + count + jac.products(stepper, last))
+        leg = leg._replace(lam=equation.leave(last.u), nvjp=leg.nvjp + count + equation.rows(before, leg))
         if log is None:
-            return leg
+            return equation.counted(before, leg, count)
         log = be.reopen(log, stepper.restage)
-        lam_of, place = be.lookup(stepper.interpolate, log, before.lam), be.place(log)
+        lam_of, place = be.lookup(stepper.interpolate, log, lam), be.place(log)
 
         def coarse(a: Scalar, b: Scalar) -> Any:
             return (abs(place(b) - place(a)) > STEPS) | (abs(known.place(b) - known.place(a)) > STEPS)
         both = way.pull(True)
 
         def rate(t: Scalar) -> Array:
-            lam = lam_of(t)
-            return way.flat(both(be.time(t), known.u(t), lam)[1], lam)
+            u = known.u(t)
+            lam = equation.consistent(t, u, lam_of(t))
+            return way.flat(both(be.time(t), u, lam)[1], lam)
 
         rtol = least(be, way.rtol) if self.quad_rtol is None else self.quad_rtol
         atol = least(be, way.atol) if self.quad_atol is None else self.quad_atol
         done = be.choose(leg.status == 0, 0.0, 1.0)
         mu, nodes, complete = integral(be, rate, t, before.t, leg.mu, rtol, atol, coarse, done)
         status = be.choose(complete, 0, int(RetCode.MaxSteps))
+        leg = equation.counted(before, leg, count + nodes, nodes)
         return leg._replace(mu=mu, nvjp=leg.nvjp + nodes, status=be.greatest(leg.status, status))
 
 

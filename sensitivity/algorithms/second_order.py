@@ -64,6 +64,10 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     def events(self) -> bool:  # type: ignore[override]
         return bool(self.adjoint.events)
 
+    @property
+    def algebraic(self) -> bool:  # type: ignore[override]
+        return bool(self.adjoint.algebraic)
+
     def refuse(self, run: Run) -> None:
         if not self.adjoint.second_order:
             raise base.unsupported(self.name, f"inner={self.adjoint.name}()",

@@ -25,7 +25,9 @@ class Kept(NamedTuple):
 class Leg(NamedTuple):
     """Where the walk stands: time, costate, integral for the parameters, state, step sizes to try, and counts.
 
-    `mismatch` and `drift` compare the state integrated backwards with the stored one: in tolerances, and relative.
+    With a singular mass matrix `lam` is `M^T` times the costate, see `costate.py`. `algebra` counts Jacobians,
+    factorisations and solves. `mismatch` and `drift` compare the state integrated backwards with the stored one: in
+    tolerances, and relative.
     """
 
     t: Scalar
@@ -39,6 +41,7 @@ class Leg(NamedTuple):
     status: Any
     mismatch: Scalar
     drift: Scalar
+    algebra: tuple[Any, Any, Any] = (0, 0, 0)
 
 
 class Way(NamedTuple):
@@ -72,9 +75,10 @@ class Way(NamedTuple):
 
     def solve(self, leg: Leg, t: Scalar, rhs: Callable, z: Array, norm: Callable | None, sink: Any = None,
               parts: Sequence[int] = (), rtol: Any = None, atol: Any = None,
-              jac: Any = None) -> tuple[State, Any, Stepper]:
-        """Integrate `z' = rhs(t, z)` backwards over one leg; `parts` are the sizes that `norm` keeps apart."""
-        stepper = self.adjoint.method.bind(self.be, rhs, sink is not None, jac)
+              jac: Any = None, mass: Any = None) -> tuple[State, Any, Stepper]:
+        """Integrate `M z' = rhs(t, z)` backwards over one leg; `parts` are the sizes that `norm` keeps apart."""
+        known = (jac,) if mass is None else (jac, mass)
+        stepper = self.adjoint.method.bind(self.be, rhs, sink is not None, *known)
         rtol, atol = self.rtol if rtol is None else rtol, self.atol if atol is None else atol
         shrink = stepper.dilution(parts)
         if shrink != 1.0:
@@ -86,13 +90,18 @@ class Way(NamedTuple):
     def ran(self, leg: Leg, stepper: Stepper, last: State) -> tuple[Leg, Any]:
         """The leg after a backward integration over it, and how often its right-hand side was evaluated."""
         count = evaluations(self.adjoint, stepper, last, started=True)
-        return leg._replace(h=last.h, status=self.be.greatest(leg.status, last.status)), count
+        made = stepper.algebra(last.accepted + last.rejected, last.iterations, self.adjoint.controller.adaptive)
+        leg = leg._replace(h=last.h, status=self.be.greatest(leg.status, last.status),
+                           algebra=tuple(a + b for a, b in zip(leg.algebra, made, strict=True)))
+        return leg, count
 
 
 class Path(NamedTuple):
-    """The forward solution on one leg: `u(t)`, the size of the forward step around `t`, and its number."""
+    """The forward solution on one leg: `u(t)` and what it costs in evaluations of `f`, the size of the forward step
+    around `t`, and its number."""
 
     u: Callable[[Scalar], Array]
+    cost: int
     size: Callable[[Scalar], Scalar]
     place: Callable[[Scalar], Any]
 
@@ -103,14 +112,19 @@ def path(way: Way, leg: Leg, t: Scalar, u: Array) -> tuple[Path, Leg]:
     stepper = base.bound(run, x)
     if log is None:
         again = base.replace(run, progress=None)
+        u, spent = stepper.start(be.time(t), u)
         last, log = integrate(again, stepper, span(be, t, leg.t)._replace(direction=way.direction), u, x.rtol, x.atol,
                               sink=be.store(run.capacity), h=leg.ahead, limit=run.capacity)
         log = be.reopen(log, stepper.restage)
-        leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True), ahead=last.h,
+        leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True) + spent, ahead=last.h,
                            status=be.greatest(leg.status, last.status))
     between = (t, leg.t) if run.events else None
     size = be.lookup(lambda record, ts: be.vector([record.h], u)[None, :], log, be.vector([leg.t - t], u), between)
-    return Path(be.lookup(stepper.interpolate, log, u, between), lambda t: be.scalar(size(t)[0]), be.place(log)), leg
+    state = dense = be.lookup(stepper.interpolate, log, u, between)
+    if stepper.algebraic:
+        def state(t: Scalar) -> Array:
+            return stepper.corrected(be.time(t), dense(t))
+    return Path(state, stepper.corrections, lambda t: be.scalar(size(t)[0]), be.place(log)), leg
 
 
 def interpolated(run: Run) -> Run:
