@@ -45,7 +45,7 @@ class RecursiveCheckpointAdjoint(delay.RecursiveCheckpointAdjoint):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        x, (log, crossings), end = residuals
+        x, (log, crossings), end, _ = residuals
         params = "theta" in wanted and bool(x.theta)
         eq = Dependent(run, x)
         lam, pending, ts_bar = delay.seeded(eq, log, ct)

@@ -178,7 +178,7 @@ class InterpolatingAdjoint(interpolating.InterpolatingAdjoint):
         return base.solve_forward(run, x, keep=True)
 
     def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
-        (x, log, end), stepper = (budget.opened if self.stores else base.opened)(run, residuals)
+        (x, log, end, _), stepper = (budget.opened if self.stores else base.opened)(run, residuals)
         params = "theta" in wanted and bool(x.theta)
         backwards = Backwards(run, x, params)
 
@@ -223,7 +223,7 @@ class BacksolveAdjoint(backsolve.BacksolveAdjoint):
 
     def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        x, log, end = residuals
+        x, log, end, _ = residuals
         stepper = base.bound(run, x)
         params = "theta" in wanted and bool(x.theta)
         backwards, stored = Backwards(run, x, params), self.checkpointing

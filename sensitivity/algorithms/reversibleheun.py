@@ -85,7 +85,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, base.Solved]:
         del wanted
-        out, aux, (_, _, end) = base.solve_forward(run, x, keep=False)
+        out, aux, (_, _, end, _) = base.solve_forward(run, x, keep=False)
         return out, aux, base.Solved(x, None, end)
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
