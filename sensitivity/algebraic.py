@@ -122,6 +122,10 @@ class Constraints(Solving):
     def derivative_cost(self) -> int:
         return 1 + CORRECTIONS * (1 if self.be.traced else 2)
 
+    def starting(self, known: bool) -> tuple[Any, Any, Any]:
+        slopes = self.evaluations(0, known) // self.derivative_cost
+        return slopes, slopes, (1 + CORRECTIONS) * slopes
+
     def _moved(self, t: Any, u: Array, k: Array, e: Scalar) -> tuple[Array]:
         return (self.rhs(t + e, u + e * k),)
 

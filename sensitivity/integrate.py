@@ -212,3 +212,10 @@ def _shifted(be: Any, s: Span, t: Scalar, h: Scalar, last: Any, delta: Any) -> t
 def evaluations(run: Run, stepper: Stepper, end: State, started: bool = False) -> Any:
     """How often `f` was evaluated: by the formula, which the tests compare with a counter."""
     return stepper.evaluations(end.accepted + end.rejected, started or run.dt is not None) + end.iterations
+
+
+def algebra(run: Run, stepper: Stepper, end: State, started: bool = False) -> tuple[Any, Any, Any]:
+    """How many Jacobians, factorisations and linear solves there were."""
+    steps = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
+    slopes = stepper.starting(started or run.dt is not None)
+    return steps[0] + slopes[0], steps[1] + slopes[1], steps[2] + slopes[2]

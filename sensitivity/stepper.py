@@ -200,3 +200,8 @@ class Stepper:
         """Jacobians, factorisations and linear solves."""
         del attempts, iterations, adaptive
         return 0, 0, 0
+
+    def starting(self, known: bool) -> tuple[Any, Any, Any]:
+        """The same for the slopes at the start; `known` as in `evaluations`."""
+        del known
+        return 0, 0, 0

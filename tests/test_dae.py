@@ -191,13 +191,15 @@ def test_constraints_hold(lab):
     start = lab.numpy(sa.solve(prob, sa.Kvaerno5(), saveat=lab.array([T0])).u[0])
     assert W @ field(np)(T0, start, P0) == pytest.approx(0.0, abs=1e-13)
     np.testing.assert_allclose(M @ start, M @ GUESS, rtol=1e-13)
+    # Dense output has algebraic variables to five digits here; what is returned is moved onto the constraints.
+    between = lab.numpy(sa.solve(prob, sa.Kvaerno5(), saveat=lab.array(TIMES), rtol=1e-5, atol=1e-6).u)
+    assert max(abs(W @ field(np)(t, v, P0)) for t, v in zip(TIMES, between, strict=True)) < 1e-13
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"alg": sa.Tsit5()}, {"alg": sa.ImplicitMidpoint(), "dt": 0.1},
-                                     {"sensealg": sa.InterpolatingAdjoint()}, {"sensealg": sa.ForwardSensitivity()},
                                      {"sensealg": sa.DirectAdjoint()}], ids=str)
 def test_refused(numpy_lab, options):
     prob = sa.ODEProblem(field(numpy_lab.xp), GUESS, (T0, T1), P0, mass_matrix=M)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from ..backend import Array, Scalar
 from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning, UnsupportedCombination
 from ..implicit import relative
+from ..integrate import algebra
 from ..jacobian import Jacobian
 from ..retcode import RetCode
 from . import base
@@ -111,9 +112,12 @@ class BacksolveAdjoint(ContinuousAdjoint):
         rtol, atol = (xp.concat([own, 0.0 * leg.lam + shared, 0.0 * leg.mu + shared])
                       if given is None and getattr(own, "ndim", 0) > 0 else shared
                       for given, own, shared in ((self.rtol, x.rtol, way.rtol), (self.atol, x.atol, way.atol)))
+        jac = _jacobian(way, pull, n)
         last, _, stepper = way.solve(leg, t, augmented, xp.concat([leg.u, leg.lam, leg.mu]), worst_part(be, parts),
-                                     parts=(n, n, leg.mu.shape[0]), rtol=rtol, atol=atol, jac=_jacobian(way, pull, n))
+                                     parts=(n, n, leg.mu.shape[0]), rtol=rtol, atol=atol, jac=jac)
         ran, count = way.ran(leg, stepper, last)
+        if jac is not None:  # two matrices for each, and two solves
+            ran = ran.worked(algebra(way.adjoint, stepper, last, started=True))
         found = last.u[:n]
         walking = leg.status == 0
         mismatch = be.choose(walking, _known(be, be.rms(be.scaled(

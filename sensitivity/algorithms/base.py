@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array, Scalar
 from ..errors import SolveError, UnsupportedCombination
 from ..events import EventFunctions
-from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..integrate import Run, Span, State, algebra, evaluations, integrate, span
 from ..jacobian import of_field
 from ..stepper import Stepper
 from ..system import Inputs
@@ -256,9 +256,9 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
         times, event_u, index = be.entries(end.watch.entries, end.u)
         event_t, nfe = be.time_vector(times, x.u0), nfe + stepper.fsal * end.watch.count
         events = (index, end.watch.count, end.watch.ended)
-    algebra = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
+    made = algebra(run, stepper, end)
     aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
-              tuple(made + spent for made in algebra))
+              (made[0] + spent, made[1] + spent, made[2] + spent))
     kept = x._replace(u0=u0) if stepper.algebraic else x
     return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(
         kept, log if keep or run.dense else None, end, u if timed and stepper.algebraic else None)

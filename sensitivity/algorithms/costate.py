@@ -139,9 +139,6 @@ class Costate:
         """The leg with what its constraints took: two evaluations for every look at the path, see `walk.path`."""
         if self.mass is None:
             return leg
-        starts = 1 + int(self.forward.fsal)
-        looks = products + leg.algebra[0] - before.algebra[0] + starts
-        made, solves = looks + nodes + starts, 2 * looks + nodes + 1 + 3 * int(self.forward.fsal)
-        jacobians, factorisations, solved = leg.algebra
-        return leg._replace(nfe=leg.nfe + self.known.cost * looks,
-                            algebra=(jacobians + made, factorisations + made, solved + solves))
+        looks = products + leg.algebra[0] - before.algebra[0] + 1
+        made = looks + nodes + 1
+        return leg.worked((made, made, 2 * looks + nodes + 1))._replace(nfe=leg.nfe + self.known.cost * looks)

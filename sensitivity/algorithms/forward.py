@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array
 from ..errors import InputError
 from ..implicit import relative
-from ..integrate import Run, evaluations, integrate, span
+from ..integrate import Run, algebra, evaluations, integrate, span
 from ..jacobian import Jacobian
 from ..mass import Blocks
 from ..system import Inputs
@@ -147,9 +147,8 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
                 speed = be.choose(end.watch.ended, 0.0 * speed, speed)
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
-        algebra = stepper.algebra(end.accepted + end.rejected, end.iterations, run.controller.adaptive)
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None, events,
-                       tuple(made + spent for made in algebra))
+                       tuple(made + spent for made in algebra(run, stepper, end)))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:

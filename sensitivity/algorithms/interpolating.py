@@ -65,7 +65,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
                                      mass=equation.wide_mass)
         before = leg
         leg, count = way.ran(leg, stepper, last)
-        solves = leg.algebra[2] - before.algebra[2]
+        solves = leg.algebra[2] - before.algebra[2] - stepper.starting(True)[2]
         leg = equation.counted(before, leg, count)
         if way.params and jac is not None:
             count = count + solves

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..backend import Array, Scalar
-from ..integrate import Run, Span, State, evaluations, integrate, span
+from ..integrate import Run, Span, State, algebra, evaluations, integrate, span
 from ..stepper import Stepper
 from ..system import Inputs
 from . import base
@@ -42,6 +42,11 @@ class Leg(NamedTuple):
     mismatch: Scalar
     drift: Scalar
     algebra: tuple[Any, Any, Any] = (0, 0, 0)
+
+    def worked(self, more: tuple[Any, Any, Any]) -> Leg:
+        """The leg with more linear algebra behind it."""
+        old = self.algebra
+        return self._replace(algebra=(old[0] + more[0], old[1] + more[1], old[2] + more[2]))
 
 
 class Way(NamedTuple):
@@ -90,10 +95,8 @@ class Way(NamedTuple):
     def ran(self, leg: Leg, stepper: Stepper, last: State) -> tuple[Leg, Any]:
         """The leg after a backward integration over it, and how often its right-hand side was evaluated."""
         count = evaluations(self.adjoint, stepper, last, started=True)
-        made = stepper.algebra(last.accepted + last.rejected, last.iterations, self.adjoint.controller.adaptive)
-        leg = leg._replace(h=last.h, status=self.be.greatest(leg.status, last.status),
-                           algebra=tuple(a + b for a, b in zip(leg.algebra, made, strict=True)))
-        return leg, count
+        made = algebra(self.adjoint, stepper, last, started=True)
+        return leg.worked(made)._replace(h=last.h, status=self.be.greatest(leg.status, last.status)), count
 
 
 class Path(NamedTuple):
@@ -116,6 +119,7 @@ def path(way: Way, leg: Leg, t: Scalar, u: Array) -> tuple[Path, Leg]:
         last, log = integrate(again, stepper, span(be, t, leg.t)._replace(direction=way.direction), u, x.rtol, x.atol,
                               sink=be.store(run.capacity), h=leg.ahead, limit=run.capacity)
         log = be.reopen(log, stepper.restage)
+        leg = leg.worked(algebra(run, stepper, last, started=True)).worked((spent, spent, spent))
         leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True) + spent, ahead=last.h,
                            status=be.greatest(leg.status, last.status))
     between = (t, leg.t) if run.events else None
