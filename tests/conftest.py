@@ -147,6 +147,8 @@ SLOW_ON_JAX = (
     "test_backends_take_the_same_steps",
     "the_limit_of_an",
     "lag_by_stiff_methods",
+    "in_a_running_cost",
+    "test_sensitivities_on_the",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",
