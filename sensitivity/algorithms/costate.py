@@ -33,6 +33,7 @@ from typing import Any
 from ..backend import Array, Scalar
 from ..jacobian import Jacobian, given
 from ..mass import Blocks
+from ..matrices import dense
 from . import base
 from .walk import Leg, Path, Way
 
@@ -63,7 +64,7 @@ class Costate:
         return self._known() if self.method.implicit else None
 
     def transposed(self, t: Any, lam: Array) -> Array:
-        return -self.forward.jac.near(t, self.state(t)).T
+        return -dense(self.be, self.forward.jac.near(t, self.state(t))).T
 
     def system(self, t: Any, lam: Array, c: Scalar) -> Callable:
         return self._system(t, self.state(t), c)

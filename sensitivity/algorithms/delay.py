@@ -98,7 +98,7 @@ class Reopened(NamedTuple):
 
 def reopened(run: Run, residuals: base.Solved, wanted: frozenset[str]) -> Reopened:
     """The opening of every reverse pass with lags that do not depend on the state."""
-    x, log, end = residuals
+    x, log, end, _ = residuals
     s, tau = span(run.be, x.t0, x.t1), run.kind.tau(run.be, run, x)
     return Reopened(x, log, end, s, tau, break_points(run, x, tau, s), "theta" in wanted and bool(x.theta))
 

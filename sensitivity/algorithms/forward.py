@@ -22,6 +22,7 @@ from ..implicit import relative
 from ..integrate import Run, algebra, evaluations, integrate, span
 from ..jacobian import Jacobian
 from ..mass import Blocks
+from ..matrices import dense
 from ..system import Inputs
 from ..watch import Watch
 from . import base, consistent
@@ -214,7 +215,7 @@ def _bound(run: Run, own: Any, push: Any, augmented: Any, n: int, m: int) -> Any
         return solve
 
     def jac(t: Any, z: Array) -> Array:
-        return own.jac.exact(t, z[:n])
+        return dense(be, own.jac.exact(t, z[:n]))
 
     info = Jacobian(jac, jac, system=system)
     known = (info,) if run.mass is None else (info, Blocks(run.mass, m + 1))

@@ -90,7 +90,7 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        x, _, end = residuals
+        x, _, end, _ = residuals
         n = x.u0.shape[0]
         pieces: Any = replace(run, field=replace(run.field, pieces=True))  # type: ignore[call-arg]
         rhs = pieces.field.bind(be, x.theta, x.constants)
