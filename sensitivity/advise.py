@@ -168,14 +168,18 @@ def _table(run: Run, x: Inputs, known: Facts, rule: Any, taken: Any, work: Work)
     """Every candidate: the chosen one, the possible ones from exact to cautioned, the ones ruled out."""
     work = work._replace(m=known.columns)
     rows = [_candidate(run, x, known, taken, work, rule)]
-    others = [*ALGORITHMS, *registry().algorithms.values()]
-    for kind in others:
+    for kind in candidates():
         algorithm = kind()
         if spelled(replace(algorithm, vjp=None)) != spelled(replace(taken, vjp=None, **_no_jvp(taken))):
             rows.append(_candidate(run, x, known, algorithm, work, None))
     order = {"chosen": 0, "possible": 1, "ruled out": 2}
     calm = (None, "discretised")
     return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in calm, r.rule is not None)))
+
+
+def candidates() -> tuple[type, ...]:
+    """Every algorithm there is, those of plugins too."""
+    return (*ALGORITHMS, *registry().algorithms.values())
 
 
 def _no_jvp(algorithm: Any) -> dict[str, None]:
