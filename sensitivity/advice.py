@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from .estimates import Estimate
+from .fieldfacts import FieldFacts
 from .rules import Facts, amount
 from .stiffness import Probes
 
@@ -54,19 +55,21 @@ class Advice:
     why_method : why `alg`, if none was given.
     facts : what the rules know of the problem.
     probes : stiffness and what going backwards costs, or None where that is not known.
+    field : what is known of `f`: whether it is a function, what it depends on, where it branches, what it closes over.
     path : the questions of the decision tree with this problem's answers, `(question, answer, what follows)`.
     table : one `Candidate` for each algorithm.
     steps : accepted and rejected steps of the forward solve.
     reference : what measured errors refer to, or None if nothing was measured.
     """
 
-    prob: Any = field(repr=False)
+    prob: Any = dataclasses.field(repr=False)
     sensealg: Any
     vjp: Any
     alg: Any
     why_method: str
     facts: Facts
     probes: Probes | None
+    field: FieldFacts
     path: tuple[tuple[str, str, str], ...]
     table: tuple[Candidate, ...]
     options: dict[str, Any]
@@ -93,12 +96,9 @@ class Advice:
         rows = [("problem", f"{KINDS[f.kind]}, {f.n:,} states, {f.params:,} parameters, {accepted} steps "
                             f"(+{rejected} rejected), {f.backend}, float{f.bits}")]
         if self.probes is not None:
-            p = self.probes
-            about, most = ("about ", "at most ") if p.bound else ("", "")
-            rows.append(("probes", f"{'stiff' if p.stiff else 'not stiff'} (decay x span = {about}"
-                                   f"{max(0.0, p.decay * p.span):.2g}, rate x span = {about}{p.rate * p.span:.2g}); "
-                                   f"integrating backwards: {most}{amount(p.digits)} digits at risk"))
-        rows.append(("f", self.sensealg.because[-1]))
+            rows.append(("probes", _said(self.probes)))
+        rows.append(("f", str(self.field)))
+        rows.append(("products", self.sensealg.because[-1]))
         if self.why_method:
             rows.append(("method", f"{spelled(self.alg)}: {self.why_method}"))
         return rows
@@ -168,7 +168,7 @@ class Advice:
         return json.dumps({
             "sensealg": spelled(self.sensealg), "vjp": spelled(self.vjp), "alg": spelled(self.alg), "code": self.code,
             "because": list(self.sensealg.because), "why_method": self.why_method, "facts": known,
-            "probes": None if self.probes is None else self.probes._asdict(),
+            "probes": None if self.probes is None else self.probes._asdict(), "field": self.field._asdict(),
             "path": [list(step) for step in self.path], "reference": self.reference, "agree": self.agree,
             "table": self.records()}, indent=2, default=str)
 
@@ -198,6 +198,20 @@ class Advice:
 
 
 KINDS = {"ode": "ODE", "dde": "delay equation", "sde": "stochastic equation", "steady": "steady state"}
+
+
+def _said(p: Probes) -> str:
+    """Probes as text."""
+    about, most = ("about ", "at most ") if p.bound else ("", "")
+    words = [f"Lipschitz {about}{p.lipschitz:.2g}"]
+    if p.density is not None and p.density < 1.0:
+        words.append(f"{100.0 * p.density:.0f} % of f_u is not zero")
+    if p.digits is None:
+        rest = "" if p.growth is None else ", stable" if p.growth < 0.0 else f", unstable (grows at {p.growth:.2g})"
+        return "; ".join([f"at rest{rest}; fastest rate {about}{p.rate:.2g}", *words])
+    words.append(f"integrating backwards: {most}{amount(p.digits)} digits at risk")
+    return "; ".join([f"{'stiff' if p.stiff else 'not stiff'} (decay x span = {about}{max(0.0, p.decay * p.span):.2g}, "
+                      f"rate x span = {about}{p.rate * p.span:.2g})", *words])
 
 
 def spelled(x: Any) -> str:

@@ -25,15 +25,17 @@ from .choose import auto, choose, suggested
 from .ensemble import EnsembleProblem
 from .errors import InputError, SensitivityWarning, SolveError, UnsupportedCombination
 from .estimates import Work, estimate
+from .fieldfacts import field_facts, plain
 from .gradient import checked_names
 from .integrate import Run
-from .methods import Kvaerno5, Rodas5P
+from .methods import Kvaerno5, Rodas5P, Tsit5
 from .probe import through_ad
+from .problems import DDEProblem
 from .registry import registry
 from .retcode import RetCode
 from .rules import Facts, facts, remark, rules
 from .solve import prepare_options, solve
-from .stiffness import POINTS, Probes, probed
+from .stiffness import DENSE, POINTS, Probes, placed, probed
 from .system import Inputs
 from .trust import checked_once
 
@@ -99,8 +101,10 @@ def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = Fals
         if hasattr(taken, "jvp"):
             taken = replace(taken, jvp=bound_run.vjp)
         table = _table(run, x, known, rule, taken, work)
+        shown, start = (run, x) if run.kind is None else _looked_at(prob, run)
+        field = field_facts(shown, start, prob.f, run.field.captured)
     advice = Advice(prob=prob, sensealg=taken, vjp=bound_run.vjp, alg=method, why_method=why_method, facts=known,
-                    probes=probes, path=_path(known), table=table, options=dict(options), wrt=wrt,
+                    probes=probes, field=field, path=_path(known), table=table, options=dict(options), wrt=wrt,
                     steps=(sol.stats.naccept, sol.stats.nreject))
     if measure:
         from .measure import measured
@@ -121,8 +125,8 @@ def _method(prob: Any, alg: Any, options: dict[str, Any], by_ad: Any) -> tuple[A
         if not (free and e.retcode in (RetCode.MaxSteps, RetCode.DtMin)):
             raise
         why = f"{method.name} does not reach the end; {why}"
-        return stiff, why, solve(prob, stiff, **options), _probes(prob, stiff, options, run, x)
-    probes = _probes(prob, method, options, run, x)
+        return stiff, why, solve(prob, stiff, **options), _probes(prob, stiff, options, run, x, None)
+    probes = _probes(prob, method, options, run, x, sol)
     if free and probes is not None and probes.stiff:
         why = (f"stiff later on: what decays fastest does so {probes.decay * probes.span:.0f} times within the span; "
                f"{method.name} is what solve takes, because at the start it is {why}")
@@ -130,22 +134,39 @@ def _method(prob: Any, alg: Any, options: dict[str, Any], by_ad: Any) -> tuple[A
     return method, why, sol, probes
 
 
-def _probes(prob: Any, alg: Any, options: dict[str, Any], run: Run, x: Inputs) -> Probes | None:
-    """Probes at states along the solution, of an ordinary differential equation with real states."""
-    if run.kind is not None or run.mass is not None or run.be.is_complex(x.u0):
-        return None
-    usual = {k: v for k, v in options.items() if k not in ("saveat", "dense", "progress")}
-    try:
-        sol = solve(prob, alg, saveat=POINTS, **usual)
-    except UnsupportedCombination:
-        return None
+def _probes(prob: Any, alg: Any, options: dict[str, Any], run: Run, x: Inputs, sol: Any) -> Probes | None:
+    """Probes at states along the solution; of what `fieldfacts.plain` has in place of other kinds."""
     be, layout = run.be, run.field.u
+    if be.is_complex(x.u0) and x.u0.shape[0] > DENSE:
+        return None
+    length = None
+    if hasattr(prob, "tspan"):
+        usual = {k: v for k, v in options.items() if k not in ("saveat", "dense", "progress")}
+        try:
+            sol = solve(prob, alg, saveat=POINTS, **usual)
+        except UnsupportedCombination:
+            return None
+        length = abs(float(be.concrete(x.t1)) - float(be.concrete(x.t0)))
     leaves, _ = be.flatten(sol.u)
     rows = layout.ravel(be, leaves, batch=1)
-    times = be.concrete_times(sol.t)
-    if times is None:
+    times = be.concrete_times(sol.t) if length is not None else [0.0]
+    if times is None or be.known(run, x) is None:
         return None
-    return probed(run, x, list(times), [rows[i, :] for i in range(rows.shape[0])], sol.stats.naccept)
+    shown, start = (run, x) if run.kind is None else _looked_at(prob, run)
+    points = []
+    for i, t in enumerate(times):
+        point = placed(shown, start, t, rows[i, :])
+        if isinstance(prob, DDEProblem):
+            own, past = shown.field.p.count - len(leaves), layout.unravel(be, rows[i, :])
+            theta = (*start.theta[:own], *past, *start.theta[shown.field.p.count:])
+            point = point._replace(theta=theta)
+        points.append(point)
+    return probed(shown, start, points, sol.stats.naccept, length)
+
+
+def _looked_at(prob: Any, run: Run) -> tuple[Run, Inputs]:
+    """The field that is looked at, prepared."""
+    return prepare_options(plain(prob), Tsit5(), {"probe": "off", "backend": run.backend})
 
 
 def _work(run: Run, x: Inputs, sol: Any) -> Work:

@@ -29,17 +29,22 @@ LIMIT = 3.5
 
 
 class Probes(NamedTuple):
-    """`rate`: largest |mu|; `decay`: largest -Re mu (at most 0 if nothing decays); `digits` at risk backwards; `bound`
-    tells that rate and digits are bounds and decay an estimate; `evaluations` of `f` made; `stiff` whether stability
-    would hold an explicit method to more work than an implicit one takes."""
+    """`rate`: largest |mu|; `decay`: largest -Re mu (at most 0 if nothing decays); `digits` at risk backwards, None
+    without a span; `bound` tells that rate and digits are bounds and decay an estimate; `evaluations` of `f` made;
+    `stiff` whether stability would hold an explicit method to more work than an implicit one takes; `lipschitz` the
+    largest norm of `f_u`; for states that are not large also `growth`, the largest Re mu, and `density`, the share of
+    entries of `f_u` that are not zero everywhere."""
 
     rate: float
     decay: float
-    digits: float
+    digits: float | None
     bound: bool
     span: float
     evaluations: int
     stiff: bool
+    lipschitz: float
+    growth: float | None
+    density: float | None
 
 
 class Signs(NamedTuple):
@@ -54,23 +59,29 @@ class Signs(NamedTuple):
     evaluations: int
 
 
-def probed(run: Run, x: Inputs, times: list[float], states: list[Any], steps: int) -> Probes | None:
-    """Probes at these times and states of a solve that took `steps`; None where `f` is not finite there."""
+def probed(run: Run, x: Inputs, points: list[Inputs], steps: int, length: float | None) -> Probes | None:
+    """Probes at these points (their `t0` and `u0`) of a solve that took `steps` over a span of this `length`, which a
+    steady state has not; None where `f` is not finite."""
     be = run.be
-    length = abs(float(be.concrete(x.t1)) - float(be.concrete(x.t0)))
     n, found = x.u0.shape[0], []
-    for t, u in zip(times, states, strict=True):
-        seen = _extremes(be.look(spectrum, run, _at(run, x, t, u)), n)
+    for point in points:
+        seen = _extremes(be.look(spectrum, run, point), n, run.mass)
         if seen is None:
             return None
         found.append(seen)
-    rates, decays, bounds = zip(*found, strict=True)
-    held = [max(0.0, d) for d in bounds]
-    area = held[0] * length if len(held) == 1 else sum(
-        0.5 * (a + b) * abs(t2 - t1)
-        for a, b, t1, t2 in zip(held, held[1:], times, times[1:], strict=False))
-    return Probes(max(rates), max(decays), area / math.log(10.0), n > DENSE, length, len(times) * _cost(n),
-                  max(decays) * length > max(stiff_from(n), 1.0 * steps))
+    rates, decays, bounds, norms, growths, patterns = zip(*found, strict=True)
+    fastest, digits = max(decays), None
+    if length is not None:
+        held = [max(0.0, d) for d in bounds]
+        times = [float(be.concrete(point.t0)) for point in points]
+        area = held[0] * length if len(held) == 1 else sum(
+            0.5 * (a + b) * abs(t2 - t1)
+            for a, b, t1, t2 in zip(held, held[1:], times, times[1:], strict=False))
+        digits = area / math.log(10.0)
+    stiff = length is not None and fastest * length > max(stiff_from(n), 1.0 * steps)
+    density = None if patterns[0] is None else float(sum(patterns).astype(bool).mean())
+    return Probes(max(rates), fastest, digits, n > DENSE, length or math.inf, len(points) * _cost(n), stiff, max(norms),
+                  None if growths[0] is None else max(growths), density)
 
 
 def signs(run: Run, x: Inputs) -> Signs | None:
@@ -91,16 +102,16 @@ def signs(run: Run, x: Inputs) -> Signs | None:
             return Signs(False, rate, 0.0, math.inf, left, spent)
         numbers = be.look(ahead, run, x)
         found, spent = _extremes(numbers, n), spent + 1 + _cost(n)
-        if found is None or found[1] * left <= stiff_from(n):
-            return None if found is None else Signs(False, max(rate, found[0]), found[1], math.inf, left, spent)
+        if found is None or found.decay * left <= stiff_from(n):
+            return None if found is None else Signs(False, max(rate, found.rate), found.decay, math.inf, left, spent)
         for attempt, steps in ((trial, TRIAL), (long_trial, LONG_TRIAL)):
-            if steps > TRIAL and found[1] * left < 10.0 * LIMIT * steps:
+            if steps > TRIAL and found.decay * left < 10.0 * LIMIT * steps:
                 break
             t, h, attempts, *numbers = be.look(attempt, run, x)
             found, spent = _extremes(numbers, n), spent + 2 + (Tsit5.base.stages - 1) * int(attempts) + _cost(n)
             if found is None:
                 return None
-            rate, decay, _ = found
+            rate, decay = found.rate, found.decay
             h, left = abs(h), abs(t1 - t)
             stiff = h * decay > 1.0 and decay * left > stiff_from(n)
             if stiff or not left:
@@ -114,14 +125,14 @@ def stuck(run: Run, x: Inputs, t: float, h: float, u: Any) -> Signs | None:
     """Whether an explicit solve that ended at time `t` with steps `h` was held by stability; None if unknown."""
     be = run.be
     try:
-        found = _extremes(be.look(spectrum, run, _at(run, x, t, u)), x.u0.shape[0])
+        found = _extremes(be.look(spectrum, run, placed(run, x, t, u)), x.u0.shape[0])
     except Exception:  # f may not bear the state where a solve failed
         return None
     if found is None:
         return None
     left = abs(float(be.concrete(x.t1)) - t)
-    return Signs(h * found[1] > 1.0 and found[1] * left > stiff_from(x.u0.shape[0]), found[0], found[1], h, left,
-                 _cost(x.u0.shape[0]))
+    stiff = h * found.decay > 1.0 and found.decay * left > stiff_from(x.u0.shape[0])
+    return Signs(stiff, found.rate, found.decay, h, left, _cost(x.u0.shape[0]))
 
 
 def glance(run: Run, x: Inputs) -> Any:
@@ -169,13 +180,15 @@ def long_trial(run: Run, x: Inputs) -> Any:
 
 
 def spectrum(run: Run, x: Inputs, t: Any = None) -> Any:
-    """What `_extremes` reads at `(t0, u0)`: all of `f_u` by central differences, `(n*n,)`, or for a large state the
-    norm and the Rayleigh quotient of the last of a few products, `(2,)`."""
+    """What `_extremes` reads at `(t0, u0)`: all of `f_u` by central differences, `(n*n,)` (of a complex state real
+    parts, then imaginary ones), or for a large state the norm and the Rayleigh quotient of the last of a few products,
+    `(2,)`."""
     be, u = run.be, x.u0
     rhs = run.field.bind(be, x.theta, x.constants)
     t, n = be.time(be.scalar(x.t0) if t is None else t), u.shape[0]
     if n <= DENSE:
-        return be.xp.reshape(differences(be, rhs, True)(t, u), (n * n,))
+        J = be.xp.reshape(differences(be, rhs, True)(t, u), (n * n,))
+        return be.xp.concat([be.xp.real(J), be.xp.imag(J)]) if be.is_complex(u) else J
     step = be.eps(u.dtype) ** (1 / 3) * be.rms(sizes(be, u, 1e-3))
 
     def turned(carry: tuple[Any, Any, Any], _: Any) -> tuple[tuple[Any, Any, Any], Any]:
@@ -190,24 +203,44 @@ def spectrum(run: Run, x: Inputs, t: Any = None) -> Any:
     return be.vector([rate, decay], u)
 
 
-def _extremes(numbers: list[float] | None, n: int) -> tuple[float, float, float] | None:
-    """Spectral radius, largest decay, and a bound for it, from `spectrum`; None if they are not finite."""
+class Extremes(NamedTuple):
+    """Of one `f_u`: spectral radius, largest decay and a bound for it, norm, growth, and which entries are not zero."""
+
+    rate: float
+    decay: float
+    bound: float
+    norm: float
+    growth: float | None
+    pattern: Any
+
+
+def _extremes(numbers: list[float] | None, n: int, mass: Any = None) -> Extremes | None:
+    """What `spectrum` says, with a singular mass matrix of the eigenvalues that are finite; None if it is not."""
     import numpy as np
 
     if numbers is None or not np.isfinite(numbers).all():
         return None
     if n > DENSE:
-        return numbers[0], numbers[1], numbers[0]
-    mu = np.linalg.eigvals(np.reshape(numbers, (n, n)))
-    decay = float(-mu.real.min())
-    return float(np.abs(mu).max()), decay, decay
+        return Extremes(numbers[0], numbers[1], numbers[0], numbers[0], None, None)
+    J = np.reshape(numbers, (-1, n, n))
+    J = J[0] + 1j * J[1] if len(J) == 2 else J[0]
+    if mass is None:
+        mu = np.linalg.eigvals(J)
+    else:
+        # Finite eigenvalues of the pencil are the reciprocals of those of J^-1 M that are not zero.
+        inverse = np.linalg.eigvals(np.linalg.solve(J, mass.values))
+        mu = 1.0 / inverse[np.abs(inverse) > 1e-10 * max(np.abs(inverse).max(), 1e-300)]
+    decay = float(-mu.real.min()) if mu.size else 0.0
+    growth, rate = (float(mu.real.max()), float(np.abs(mu).max())) if mu.size else (0.0, 0.0)
+    return Extremes(rate, decay, decay, float(np.linalg.norm(J, 2)), growth, np.abs(J) > 1e-9 * np.abs(J).max())
 
 
 def _cost(n: int) -> int:
     return 2 * n if n <= DENSE else 2 * ROUNDS
 
 
-def _at(run: Run, x: Inputs, t: float, u: Any) -> Inputs:
+def placed(run: Run, x: Inputs, t: float, u: Any) -> Inputs:
+    """The inputs with another start."""
     return x._replace(u0=u, t0=run.be.asarray(t, dtype=run.be.time_dtype(u.dtype), device=run.be.device(u)))
 
 

@@ -408,3 +408,84 @@ def test_the_fastest_right_one_is_chosen():
         assert (decided.path == advice.path) is (fastest is usual)
     decided = _decided(advice, [replace(usual, verdict="wrong"), replace(other, seconds=1.0)])
     assert decided.sensealg.name == other.sensealg.name
+
+
+def branching(t, u, p):
+    level = p[0] * u
+    if level[0] > 0.0:
+        return -level
+    return -2.0 * level
+
+
+def test_what_is_said_of_a_field():
+    lines = [i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line == "    if level[0] > 0.0:"]
+    prob = ODE.remake(f=branching, p=np.array([0.5]))
+    found = sa.advise(prob, sa.Tsit5()).field
+    assert found == (True, ("u", "p"), tuple(lines), 0)
+    assert f"branches on values at line {lines[0]}" in str(sa.advise(prob, sa.Tsit5()))
+    assert sa.advise(ODE.remake(f=lambda t, u, p: -u), sa.Tsit5()).field.reaches == ("u",)
+    calls = [0]
+
+    def impure(t, u, p):
+        calls[0] += 1
+        return -p * u * (1.0 + 1e-9 * calls[0])
+
+    assert sa.advise(ODE.remake(f=impure), sa.Tsit5(), probe="off").field.pure is False
+
+
+def test_what_a_field_closes_over(torch_lab):
+    import torch
+
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    prob = sa.ODEProblem(lambda t, u, p: -weight * u, torch_lab.array([1.0]), (0.0, 1.0), None)
+    assert sa.advise(prob, sa.Tsit5()).field.captured == 1
+
+
+def test_probes_have_the_eigenvalues_of_the_problem():
+    """Of each kind: the fastest rates are known by hand."""
+    pytest.importorskip("autograd")
+    # y = z, so that z' = (1 - p) z with p = 2: one finite eigenvalue, -1.
+    probes = sa.advise(DAE, sa.Kvaerno5()).probes
+    assert (probes.rate, probes.decay) == pytest.approx((1.0, 1.0), rel=1e-6)
+    assert probes.digits == pytest.approx(1.0 / np.log(10.0), rel=1e-6)
+    # The drift of the stochastic problem, and the delayed one with its past held fixed.
+    noise = sa.SDEProblem(decay, lambda t, u, p: 0.1 * u, U2, (0.0, 1.0), np.array(0.5), noise="diagonal",
+                          interpretation="stratonovich", key=1)
+    assert sa.advise(noise, sa.StochasticHeun(), dt=0.1).probes.decay == pytest.approx(0.5, rel=1e-6)
+    late = DDE.remake(f=lambda t, u, h, p: -3.0 * u - p[0] * h(t - 0.5))
+    assert sa.advise(late, sa.Tsit5()).probes.decay == pytest.approx(3.0, rel=1e-6)
+    assert sa.advise(late, sa.Tsit5()).field.reaches == ("u", "p")
+    # Rest is stable, and there are no digits to lose.
+    probes = sa.advise(STEADY).probes
+    assert (probes.growth, probes.rate, probes.density) == pytest.approx((-1.0, 1.0, 0.5), rel=1e-6)
+    assert probes.digits is None
+    assert "at rest, stable" in str(sa.advise(STEADY))
+    assert "unstable" in str(sa.advise(STEADY.remake(f=lambda t, u, p: u - p)))
+    # exp(i t) turns at the rate 5 and decays at the rate 1.
+    turning = sa.ODEProblem(lambda t, u, p: p * u, np.array([1.0 + 0.0j]), (0.0, 1.0), np.array(-1.0 + 5.0j))
+    probes = sa.advise(turning, sa.Tsit5()).probes
+    assert (probes.decay, probes.rate, probes.lipschitz) == pytest.approx((1.0, 26.0**0.5, 26.0**0.5), rel=1e-6)
+    # The norm of a shear is more than its eigenvalues: sqrt(2) + 1 for [[1, 2], [0, 1]].
+    shear = ODE.remake(f=lambda t, u, p: np.stack([u[0] + 2.0 * u[1], u[1]]))
+    probes = sa.advise(shear, sa.Tsit5()).probes
+    assert (probes.rate, probes.lipschitz, probes.density) == pytest.approx((1.0, 2.0**0.5 + 1.0, 0.75), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+@pytest.mark.parametrize("name", ["dae", "dde", "steady", "noise", "complex", "events"])
+def test_every_kind_has_facts_and_a_ranked_table(name):
+    noise = sa.SDEProblem(decay, lambda t, u, p: 0.1 * u, U2, (0.0, 1.0), np.array(0.5), noise="diagonal",
+                          interpretation="stratonovich", key=1)
+    turning = sa.ODEProblem(lambda t, u, p: p * u, np.array([1.0 + 0.0j]), (0.0, 1.0), np.array(-1.0 + 5.0j))
+    prob, alg, options = {"noise": (noise, sa.StochasticHeun(), {"dt": 0.1}), "complex": (turning, sa.Tsit5(), {})}.get(
+        name) or TABLE[name][:3]
+    advice = sa.advise(prob, alg, **options)
+    assert advice.probes is not None
+    assert advice.field.pure
+    verdicts = [row.verdict for row in advice.table]
+    assert verdicts[0] == "chosen"
+    assert verdicts == sorted(verdicts, key=["chosen", "possible", "ruled out"].index)
+    assert all(row.why for row in advice.table)
+    data = json.loads(advice.to_json())
+    assert data["field"]["pure"]
+    assert data["probes"]["rate"] == advice.probes.rate
