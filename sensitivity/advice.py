@@ -60,6 +60,7 @@ class Advice:
     table : one `Candidate` for each algorithm.
     steps : accepted and rejected steps of the forward solve.
     reference : what measured errors refer to, or None if nothing was measured.
+    peaks : what measured the memory, or None.
     """
 
     prob: Any = dataclasses.field(repr=False)
@@ -76,6 +77,7 @@ class Advice:
     wrt: Any
     steps: tuple[Any, Any]
     reference: str | None = None
+    peaks: str | None = None
 
     @property
     def code(self) -> str:
@@ -120,6 +122,7 @@ class Advice:
     def __str__(self) -> str:
         was = self.reference is not None
         mode = f"measured; errors against {self.reference}" if was else "estimated, nothing measured"
+        mode += f"; peak by {self.peaks}" if self.peaks else ""
         head, rows = self._columns()
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
         left = (0, 1)
@@ -139,6 +142,19 @@ class Advice:
                                               f"{sum(r.error is not None for r in self.table)} gradients agree to "
                                               f"{max(r.error for r in self.table if r.error is not None):.0e}"))
         return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        """The same with `rich.print`: the choice bold, what is ruled out dim, what is wrong red."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        head, rows = self._columns()
+        table = Table(*head, title=f"advise(prob, {spelled(self.alg)})")
+        for row in rows:
+            table.add_row(*map(Text, row), style={"*": "bold", "x": "dim", "!": "bold red"}.get(row[0]))
+        lines = [Text(f"{name:<9}{text}") for name, text in self._problem()]
+        return Group(*lines, table, Text(f"{'choice':<9}{self.code}"))
 
     def _repr_html_(self) -> str:
         head, rows = self._columns()
@@ -169,8 +185,8 @@ class Advice:
             "sensealg": spelled(self.sensealg), "vjp": spelled(self.vjp), "alg": spelled(self.alg), "code": self.code,
             "because": list(self.sensealg.because), "why_method": self.why_method, "facts": known,
             "probes": None if self.probes is None else self.probes._asdict(), "field": self.field._asdict(),
-            "path": [list(step) for step in self.path], "reference": self.reference, "agree": self.agree,
-            "table": self.records()}, indent=2, default=str)
+            "path": [list(step) for step in self.path], "reference": self.reference, "peaks": self.peaks,
+            "agree": self.agree, "table": self.records()}, indent=2, default=str)
 
     def to_frame(self) -> Any:
         """The table as a `pandas.DataFrame`.

@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from .errors import InputError, SensitivityError
@@ -55,8 +56,18 @@ def _advise(options: Any) -> int:
     wrt = None if options.wrt is None else tuple(options.wrt.split(","))
     more = {k: getattr(options, k) for k in ("rtol", "atol") if getattr(options, k) is not None}
     advice = advise(prob, measure=options.measure, memory=options.memory, wrt=wrt, **more)
-    print(advice.to_json() if options.json else advice)
+    _show(advice.to_json() if options.json else advice)
     return 0
+
+
+def _show(answer: Any) -> None:
+    """In colour where there is a terminal, and rich."""
+    if isinstance(answer, str) or not sys.stdout.isatty() or not find_spec("rich"):
+        print(answer)
+        return
+    import rich
+
+    rich.print(answer)
 
 
 def _doctor(options: Any) -> int:

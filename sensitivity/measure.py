@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import tracemalloc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -52,9 +51,11 @@ def measured(advice: Advice, loss: Any, dloss: Any) -> Advice:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SensitivityWarning)
         truth, said = _reference(advice, be, loss, dloss)
-        table = [_row(advice, be, r, loss, dloss, truth) if r.verdict in ("chosen", "possible") else r
+        like = be.flatten(advice.prob.u0)[0][0]
+        means: set[str] = set()
+        table = [_row(advice, be, r, loss, dloss, truth, like, means) if r.verdict in ("chosen", "possible") else r
                  for r in advice.table]
-    return replace(_decided(advice, table), reference=said)
+    return replace(_decided(advice, table), reference=said, peaks=", ".join(sorted(means)) or None)
 
 
 def _decided(advice: Advice, table: list[Candidate]) -> Advice:
@@ -101,7 +102,8 @@ def _reference(advice: Advice, be: Any, loss: Any, dloss: Any) -> tuple[list[Any
     return _arrays(be, r), said
 
 
-def _row(advice: Advice, be: Any, row: Candidate, loss: Any, dloss: Any, truth: list[Any]) -> Candidate:
+def _row(advice: Advice, be: Any, row: Candidate, loss: Any, dloss: Any, truth: list[Any], like: Any,
+         means: set[str]) -> Candidate:
     """One candidate, run."""
     given = None if dloss is None or not row.sensealg.boundary else dloss
 
@@ -109,16 +111,11 @@ def _row(advice: Advice, be: Any, row: Candidate, loss: Any, dloss: Any, truth: 
         return gradient(advice.prob, advice.alg, loss, wrt=advice.wrt, dloss=given, sensealg=row.sensealg,
                         **advice.options)
 
-    peak = None
     try:
         found = _arrays(be, run())
-        if be.holds_numpy:
-            tracemalloc.start()
-            try:
-                run()
-                peak = tracemalloc.get_traced_memory()[1]
-            finally:
-                tracemalloc.stop()
+        peak, by = be.peak(run, like)
+        if by is not None:
+            means.add(by)
         seconds = math.inf
         for _ in range(REPEATS):
             start = time.perf_counter()

@@ -343,8 +343,9 @@ CASES: dict[str, Callable[[Any], Task]] = {
 }
 
 
-def gradient(lab, task, sensealg, **more):
-    return sa.gradient(task.prob, task.alg, task.loss, wrt=task.wrt, sensealg=sensealg, **{**task.options, **more})
+def gradient(lab, task, sensealg, alg=None, **more):
+    return sa.gradient(task.prob, task.alg or alg, task.loss, wrt=task.wrt, sensealg=sensealg,
+                       **{**task.options, **more})
 
 
 def numbers(lab, task, r):

@@ -257,6 +257,7 @@ def test_measured_gradients_agree(numpy_lab):
     times = [c.seconds for c in tried]
     assert times == sorted(times)
     assert "differences of f" in advice.reference
+    assert "peak by tracemalloc" in str(advice)
     (chosen,) = [c for c in advice.table if c.verdict == "chosen"]
     offered = [c.seconds for c in tried if c.rule not in ("backwards", "second-order")]
     assert chosen.seconds <= offered[0] / 0.85 * (1.0 + 1e-9)
@@ -489,3 +490,47 @@ def test_every_kind_has_facts_and_a_ranked_table(name):
     data = json.loads(advice.to_json())
     assert data["field"]["pure"]
     assert data["probes"]["rate"] == advice.probes.rate
+
+
+def test_frame():
+    pandas = pytest.importorskip("pandas")
+    advice = sa.advise(LV, sa.Tsit5())
+    frame = advice.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["sensealg"]) == [row.name for row in advice.table]
+    assert list(frame["verdict"]).count("chosen") == 1
+    chosen = frame[frame["verdict"] == "chosen"].iloc[0]
+    assert chosen["estimated_nvjp"] == advice.table[0].estimate.nvjp
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_rich_shows_the_same_table():
+    rich = pytest.importorskip("rich.console")
+    import io
+
+    advice = sa.advise(LV, sa.Tsit5())
+    out = io.StringIO()
+    rich.Console(file=out, width=400).print(advice)
+    text = out.getvalue()
+    assert all(row.name in text for row in advice.table)
+    assert all(line in text for line in (advice.code, str(advice.field), advice.sensealg.because[-1]))
+
+
+def test_memory_at_its_peak(lab):
+    """All steps of a long state, against three states and what is repeated from them."""
+    n = 2000
+    prob = sa.ODEProblem(lambda t, u, p: -p[0] * u, lab.array(np.ones(n)), (0.0, 4.0), lab.array([1.0]))
+    options = {"controller": sa.FixedStep(), "dt": 0.1, "max_steps": 40, "wrt": "p"}
+    peaks, said = {}, set()
+    for sensealg in (sa.RecursiveCheckpointAdjoint(), sa.RecursiveCheckpointAdjoint(checkpoints=3)):
+        def run(sensealg=sensealg):
+            return sa.gradient(prob, sa.RK4(), lambda sol: sol.u[-1, 0], sensealg=sensealg, **options)
+
+        run()
+        peaks[sensealg.checkpoints], by = lab.be.peak(run, prob.u0)
+        said.add(by)
+    steps = 40 * 5 * n * 8
+    assert steps < peaks[None] < 3 * steps
+    assert peaks[3] < 0.5 * steps
+    assert said == {{"numpy": "tracemalloc", "torch": "the storages of all tensors",
+                     "jax": "the compiler, for the forward or the reverse pass"}[lab.name]}

@@ -102,7 +102,7 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     xp = jnp
 
     def __init__(self):
-        self._through = None
+        self._through = self._peaks = None
 
     def flatten(self, tree):
         leaves, structure = jax.tree.flatten(tree)
@@ -228,7 +228,19 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, algorithm, name, run, args, wanted):
+        if self._peaks is not None:
+            self._peaks.append(_bytes(task.lower(algorithm, name, run, wanted, args).compile()))
         return task(algorithm, name, run, wanted, args)
+
+    def peak(self, call, like):
+        """By what the compiler reserves for the forward and the reverse pass; their residuals belong to both."""
+        self._peaks = peaks = []
+        try:
+            call()
+        finally:
+            self._peaks = None
+        known = bool(peaks) and None not in peaks
+        return (max(peaks), "the compiler, for the forward or the reverse pass") if known else (None, None)
 
     def known(self, run, x):
         u0, theta, t0, t1 = lax.stop_gradient((x.u0, x.theta, x.t0, x.t1))
@@ -373,6 +385,14 @@ def _refuse(name, primals, tangents):
     if not isinstance(tangents[0], SymbolicZero):
         raise UnsupportedCombination(*undefined(name))
     return primals[0], tangents[0]
+
+
+def _bytes(compiled):
+    """What a compiled function takes: arguments, results, and what it needs between."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
 
 
 class _Through(BoundedLoops, JaxBackend):

@@ -1,6 +1,7 @@
 """NumPy: one BLAS product per stage in a preallocated buffer, Python floats for times and step sizes."""
 
 import math
+import tracemalloc
 import weakref
 from importlib.util import find_spec
 
@@ -174,6 +175,14 @@ class NumpyBackend(Backend):
     def look(self, at, run, x):
         with np.errstate(all="ignore"):
             return at(run, x).tolist()
+
+    def peak(self, call, like):
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1], "tracemalloc"
+        finally:
+            tracemalloc.stop()
 
     def differentiable(self):
         from ._boxes import BoxBackend

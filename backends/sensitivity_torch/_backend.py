@@ -260,6 +260,12 @@ class TorchBackend(Backend):
         u0, *theta, t0, t1 = (v if id(v) in live else _levels.value(v) for v in flat)
         return run, x._replace(u0=u0, theta=tuple(theta), t0=t0, t1=t1)
 
+    def peak(self, call, like):
+        from . import _memory
+
+        said = "the allocator of CUDA" if like.device.type == "cuda" else "the storages of all tensors"
+        return _memory.peak(call, like.device), said
+
     def look(self, at, run, x):
         known = self.known(run, x)
         if known is None:

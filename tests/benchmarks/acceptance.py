@@ -32,6 +32,7 @@ from acceptance_problems import CASES, KEPT, STORED, error, gradient, numbers, r
 from conftest import Lab  # noqa: E402
 
 import sensitivity as sa  # noqa: E402
+from sensitivity import recommend  # noqa: E402
 from sensitivity.advise import candidates  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -121,27 +122,29 @@ def measured(lab, name, rounds):
     return found
 
 
-def references():
-    """Gradients by tangents through tight solves; differences of tight solves where there are very many parameters,
-    or steps are part of the problem."""
-    lab, stored = Lab("numpy"), {}
-    for name, build in CASES.items():
-        task = build(lab)
+def references(names):
+    """Gradients by tangents through tight solves (compiled, because those of stiff problems are long); differences of
+    tight solves where there are very many parameters, where steps are part of the problem, or constraints."""
+    stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
+    for name in names:
+        lab = Lab("numpy")
+        task = CASES[name](lab)
         if task.want is not None:
             continue
         columns = sum(np.size(v) for part in (task.prob.u0, task.prob.p) for v in lab.be.flatten(part)[0])
-        tight = {k: v for k, v in task.options.items() if k not in ("rtol", "atol")}
-        if isinstance(task.prob, sa.ODEProblem) and columns <= 200:
-            stiff = task.alg is None and gradient(lab, task, sa.auto).solution.alg.implicit
-            tight |= {"rtol": 1e-10, "atol": 1e-13} if stiff else {"rtol": 1e-12, "atol": 1e-13}
-            r = gradient(lab, task._replace(options=tight), sa.ForwardSensitivity())
-            values = reduced(numbers(lab, task, r))
+        stiff = recommend.method_of(task.prob, task.alg, {}) if isinstance(task.prob, sa.ODEProblem) else sa.Tsit5()
+        if isinstance(task.prob, sa.ODEProblem) and task.prob.mass_matrix is None and columns <= 200:
+            lab = Lab("jax")
+            task = CASES[name](lab)
+            tight = {"rtol": 1e-10, "atol": 1e-13} if stiff.implicit else {"rtol": 1e-12, "atol": 1e-13}
+            made = gradient(lab, task, sa.ForwardSensitivity(), alg=stiff, max_steps=100_000, **tight)
+            values = reduced(numbers(lab, task, made))
         else:
-            tight |= {"rtol": 1e-13, "atol": 1e-13} if "dt" not in tight and hasattr(task.prob, "tspan") else {}
-            values = differences(lab, task._replace(options=tight))
+            tight = {"rtol": 1e-12, "atol": 1e-14} if "dt" not in task.options and hasattr(task.prob, "tspan") else {}
+            values = differences(lab, task._replace(alg=task.alg, options=task.options | tight))
         stored[name] = [float(v) for v in values]
         print(f"{name}: {len(values)} of {columns}", flush=True)
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+        STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def differences(lab, task):
@@ -154,8 +157,9 @@ def differences(lab, task):
         parts = dict(zip(names, np.split(x, cuts), strict=True))
         return float(task.loss(sa.solve(task.prob.remake(**parts), task.alg, **task.options)))
 
-    found, h = [], 2e-3
+    found = []
     for i in range(0, start.shape[0], -(-start.shape[0] // KEPT)):
+        h = 2e-3 * (abs(start[i]) or 1.0)
         unit = h * (np.arange(start.shape[0]) == i)
         near, far = (value(start + k * unit) - value(start - k * unit) for k in (1.0, 2.0))
         found.append((8.0 * near - far) / (12.0 * h))
@@ -183,7 +187,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore", sa.SensitivityWarning)
     if options.references:
-        references()
+        references(options.problem)
         return 0
     if options.backend is None:
         parser.error("which framework: numpy, jax or torch?")
