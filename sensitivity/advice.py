@@ -96,7 +96,7 @@ class Advice:
     def _problem(self) -> list[tuple[str, str]]:
         f, accepted, rejected = self.facts, *self.steps
         rows = [("problem", f"{KINDS[f.kind]}, {f.n:,} states, {f.params:,} parameters, {accepted} steps "
-                            f"(+{rejected} rejected), {f.backend}, float{f.bits}")]
+                            f"(+{rejected} rejected), {f.backend}, {f.device}, float{f.bits}")]
         if self.probes is not None:
             rows.append(("probes", _said(self.probes)))
         rows.append(("f", str(self.field)))

@@ -15,6 +15,7 @@ from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.gauss import GaussAdjoint
 from .algorithms.implicit import ImplicitAdjoint
+from .errors import UnsupportedCombination
 from .integrate import Run
 from .registry import registry
 from .system import Inputs
@@ -53,6 +54,9 @@ class Facts:
     bits : of the floating-point format.
     memory : the budget in bytes, as it was given, or None; known to `advise` only.
     kept : bytes of all steps with their stages, where a solve has shown them; known to `advise` only.
+    ito : whether there is noise in the sense of Ito.
+    budgets : whether the discrete adjoint can keep to a budget of memory here.
+    device : where the arrays are.
     digits : how many digits the contraction of the solution costs who goes backwards; known to `advise` only.
     """
 
@@ -72,6 +76,9 @@ class Facts:
     kept: float | None = None
     limit: int | None = None
     digits: float | None = None
+    ito: bool = False
+    budgets: bool = False
+    device: str = "cpu"
 
     @property
     def columns(self) -> int:
@@ -123,6 +130,11 @@ RULES: tuple[Rule, ...] = (
          lambda f: f.method == "black box", lambda f: GaussAdjoint(),
          "the method shows its solution and not its stages, so the adjoint is continuous",
          "Norcliffe, Deisenroth (2023)"),
+    Rule("memory", "Are the steps more than the memory allows, and can they be repeated?",
+         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0) and f.budgets,
+         lambda f: RecursiveCheckpointAdjoint(memory=f.memory),
+         "exact gradient of the computed solution; keeps the states that fit, and repeats steps for the others",
+         "Griewank, Walther (2000)"),
     Rule("delays", "Does f look at the past?",
          lambda f: f.kind == "dde", lambda f: RecursiveCheckpointAdjoint(),
          "exact gradient of the computed solution, with break points that move with the lags",
@@ -135,12 +147,6 @@ RULES: tuple[Rule, ...] = (
          lambda f: f.mass, lambda f: RecursiveCheckpointAdjoint(),
          "exact gradient of the computed solution, and the constraints need no adjoint initial values",
          "Cao, Li, Petzold, Serban (2003)"),
-    Rule("memory", "Are the steps more than the memory allows?",
-         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0)
-         and f.method == "explicit" and not (f.events or f.dense),
-         lambda f: RecursiveCheckpointAdjoint(memory=f.memory),
-         "exact gradient of the computed solution; keeps the states that fit, and repeats steps for the others",
-         "Griewank, Walther (2000)"),
     Rule("columns", "Are products made by differences, u0 fixed, and parameters few?",
          lambda f: not f.transposes and f.wanted == frozenset({"theta"}) and f.params <= min(f.n, FEW)
          and f.method == "explicit" and not (f.events or f.dense),
@@ -159,6 +165,9 @@ REMARKS: tuple[Remark, ...] = (
            "Gholami, Keutzer, Biros (2019); McCallum, Foster (2024)", excludes=True),
     Remark("backwards", lambda f, a: a.retraces and f.digits is not None and f.digits > 1.0,
            lambda f: f"going backwards puts {amount(f.digits)} digits at risk", "Gholami, Keutzer, Biros (2019)"),
+    Remark("ito", lambda f, a: f.ito and not a.exact,
+           lambda f: "adjoint of the Stratonovich equation with the same solution, whose drift needs derivatives of g; "
+                     "right up to the error of the steps", "Kidger (2021), section 5.1"),
     Remark("many-columns", lambda f, a: a.per_input and f.columns > FEW,
            lambda f: f"{f.columns} columns: its work grows with the number of inputs", "Ma et al. (2021)"),
     Remark("second-order", lambda f, a: a.name == "ForwardOverAdjoint",
@@ -183,9 +192,20 @@ def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, *
     method = "black box" if not run.method.one_step else "implicit" if run.method.implicit else "explicit"
     saves = run.saves if isinstance(run.saves, int | str) and run.saves != "ts" else (
         1 if x.saveat is None else x.saveat.shape[0])
+    device = run.be.device(x.u0)
     return Facts("ode" if run.kind is None else run.kind.name, x.u0.shape[0],
                  sum(math.prod(v.shape) for v in x.theta), wanted, saves, method, run.mass is not None,
-                 bool(run.events), run.dense, run.backend, vjp.transposes, run.be.xp.finfo(x.u0.dtype).bits, **more)
+                 bool(run.events), run.dense, run.backend, vjp.transposes, run.be.xp.finfo(x.u0.dtype).bits,
+                 ito=getattr(run.kind, "interpretation", None) == "ito", budgets=_budgets(run),
+                 device="cpu" if device is None else str(device), **more)
+
+
+def _budgets(run: Run) -> bool:
+    try:
+        RecursiveCheckpointAdjoint(memory=1).refuse(run)
+    except UnsupportedCombination:
+        return False
+    return True
 
 
 def rules() -> tuple[Rule, ...]:

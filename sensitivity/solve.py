@@ -12,12 +12,10 @@ from .choose import auto, choose
 from .dense import DenseOutput, LaterOutput
 from .ensemble import EnsembleProblem
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
-from .failure import failure
 from .integrate import Run
 from .prepare import prepare
 from .probe import through_ad
 from .problems import ODEProblem
-from .recommend import recommended
 from .retcode import RetCode
 from .solution import Events, Solution, Stats
 from .steadymethods import SteadyStateMethod
@@ -116,6 +114,8 @@ def prepare_options(prob: Any, alg: Any, options: dict[str, Any],
         raise UnsupportedCombination(f"{alg.name} cannot solve {type(prob).__name__}", "it finds steady states",
                                      "alg=Tsit5(), or SteadyStateProblem(f, u0, p)")
     if alg is None and isinstance(prob, ODEProblem):
+        from .recommend import recommended  # what is not always needed is imported late
+
         return recommended(prob, options, wrt)
     return prepare(prob, alg, wrt=wrt, **options)
 
@@ -168,6 +168,8 @@ def finished(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: 
     """The solution and its outputs; a failed solve raises, or its outputs become NaN, unless "return" is asked for."""
     code = run.be.concrete(aux.status)
     if code is not None and code != RetCode.Success and on_failure == "raise":
+        from .failure import failure
+
         raise failure(build(prob, run, x, algorithm, out, aux), run, x, aux, RetCode(int(code)))
     if code != RetCode.Success and on_failure != "return":
         out = out._replace(u=run.be.nan_where(aux.status != int(RetCode.Success), out.u))
