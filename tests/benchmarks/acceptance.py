@@ -10,7 +10,8 @@ fastest on how many.
 
 Times are medians of process time (of all threads, so keep to one: OMP_NUM_THREADS=1), taken in turn; on JAX those of
 a compiled `jax.grad` where the loss is a function of the solution and u0 and p are asked for, else of `sa.gradient`.
-What takes more than five times the automatic choice is measured once. `--references` remakes the gradients of
+What takes more than five times the automatic choice is measured
+once, what takes longer than twenty times that and ten seconds is given up. `--references` remakes the gradients of
 `fixtures/acceptance.json`.
 """
 
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -34,10 +37,12 @@ from conftest import Lab  # noqa: E402
 import sensitivity as sa  # noqa: E402
 from sensitivity import recommend  # noqa: E402
 from sensitivity.advise import candidates  # noqa: E402
+from sensitivity.costs import Cost  # noqa: E402
 
 TOLERANCE = 1e-4
 WITHIN = 1.5
 SLOW = 5.0
+PATIENCE = 10.0
 
 
 def compiled(lab, task, sensealg, alg):
@@ -45,7 +50,7 @@ def compiled(lab, task, sensealg, alg):
     import jax
 
     names = ("u0", "p") if task.wrt is None else (task.wrt,) if isinstance(task.wrt, str) else task.wrt
-    if lab.name != "jax" or isinstance(task.loss, sa.Cost) or set(names) - {"u0", "p"}:
+    if lab.name != "jax" or isinstance(task.loss, Cost) or set(names) - {"u0", "p"}:
         return None
     if not hasattr(task.prob, "tspan"):
         return None
@@ -80,6 +85,21 @@ def seconds(run):
     return time.process_time() - start
 
 
+@contextmanager
+def at_most(limit):
+    """Raise `TimeoutError` after so many seconds: backwards through a contraction a solve may take forever."""
+    def stop(*_):
+        raise TimeoutError(f"not ready after {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measured(lab, name, rounds):
     """One line of the report."""
     task = CASES[name](lab)
@@ -97,8 +117,9 @@ def measured(lab, name, rounds):
             continue
         try:
             run, values = call(lab, task, algorithm, alg)
-            off = error(name, task, values())
-        except sa.SensitivityError as e:
+            with at_most(PATIENCE + 20.0 * usual):
+                off = error(name, task, values())
+        except (sa.SensitivityError, TimeoutError) as e:
             found["refused"][algorithm.name] = str(e.args[0])
             continue
         first = seconds(run)
