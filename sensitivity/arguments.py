@@ -11,7 +11,7 @@ from .errors import InputError, TimesError, ToleranceError, UnsupportedCombinati
 from .system import Layout
 
 MAX_STEPS = 100_000
-MAX_RECORDED = 4096
+MAX_RECORDED = 2048
 MAX_EVENTS = 1000
 MAX_RECORDED_EVENTS = 100
 

@@ -60,6 +60,11 @@ class Backend(Lookback, Loops):
         del like
         return self
 
+    def suited(self, rhs: Callable, t: Any, u: Array) -> Backend:
+        """The backend for steps of `rhs(t, u)`: this one, or its like with loops that suit the vector field better."""
+        del rhs, t, u
+        return self
+
     def flatten(self, tree: Tree) -> tuple[list[Any], Any]:
         return _tree.flatten(tree)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .backend import Array, Record, Scalar
@@ -23,7 +23,7 @@ class Run:
     `mass` is a singular mass matrix or None, `sparsity` the pattern of the Jacobian.
     """
 
-    be: Any = field(compare=False)
+    be: Any
     backend: str
     field: Field
     method: Method

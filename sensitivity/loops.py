@@ -129,6 +129,11 @@ class Loops(LedgerLoops, Recomputing):
             return int(extra.silent)
         return int(extra is None or extra[-1] is None or extra[-1].k is None)
 
+    def restaged(self, log: Any) -> Any:
+        """Of how many steps of a log the stages are evaluated again where they are needed."""
+        del log
+        return 0
+
     def last_size(self, log: Any) -> Scalar:
         """Size of the newest step; 1.0 if there is none."""
         return log[-1].h if log else 1.0

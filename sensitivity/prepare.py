@@ -91,6 +91,8 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
         fitting(be, method, sparsity, prob.jac is not None, mass)
     if nonsingular is not None:
         sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)
+    if kind.special is None:
+        be = be.suited(field.bind(be, theta, constants), start.time, u0)
     run = Run(
         be=be, backend=be.name, field=field, method=method, controller=controller, vjp=None,
         products=products, mass=None if nonsingular is not None else mass, sparsity=sparsity, saves=where,

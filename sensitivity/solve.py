@@ -49,7 +49,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     max_events : int
         Limit on events, 1000; on JAX also the size of the record, 100.
     max_steps : int
-        Limit on attempted steps, 100000; where steps are recorded on JAX also the size of the record, 4096.
+        Limit on attempted steps, 100000; where steps are recorded on JAX also the size of the record, 2048.
     dtmin, dtmax, tstops, controller, norm
         Step control: bounds, times to step on exactly, `PIController()` or `FixedStep()`, error norm of a vector.
     dense : bool

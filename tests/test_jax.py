@@ -81,6 +81,34 @@ def test_lanes_with_different_steps_equal_single_solves():
         np.testing.assert_allclose(together[1][i], gradient, rtol=1e-9)
 
 
+def test_stages_are_evaluated_again_in_lanes_of_a_light_field():
+    """As the products with many small states need them; heavier fields, and solves alone, keep their stages."""
+    def heavy(t, u, p):
+        return jnp.eye(2) @ lotka_volterra(t, u, p)
+
+    def gradient(p, f):
+        return sa.gradient(problem(p, f), sa.Tsit5(), lambda sol: sol.u.sum(), rtol=1e-8, atol=1e-8)
+
+    lanes = jnp.asarray(P) * jnp.array([[1.0], [0.3]])
+    light, kept = (jax.vmap(lambda p, f=f: gradient(p, f))(lanes) for f in (lotka_volterra, heavy))
+    steps = np.asarray(light.stats.naccept)
+    np.testing.assert_array_equal(steps, kept.stats.naccept)
+    assert steps[1] < steps[0] < 512  # so many have room for their stages
+    np.testing.assert_array_equal(light.stats.nfe - kept.stats.nfe, 7 * steps)
+    np.testing.assert_allclose(light.p, kept.p, rtol=1e-11)
+    alone = gradient(lanes[1], lotka_volterra)
+    assert alone.stats.nfe == kept.stats.nfe[1]
+    np.testing.assert_allclose(alone.p, kept.p[1], rtol=1e-11)
+
+
+def test_stages_of_steps_beyond_the_room_for_them_are_counted():
+    for steps, again in ((1000, 1000 - 511), (500, 0)):
+        prob = problem().remake(tspan=(0.0, 0.01 * steps))
+        r = sa.gradient(prob, sa.RK4(), lambda sol: sol.u.sum(), dt=0.01, controller=sa.FixedStep())
+        assert r.stats.naccept == steps
+        assert r.stats.nfe == 4 * (steps + again)
+
+
 def test_every_input_of_one_vmapped_solve():
     def end(u0, k, t1, ts):
         prob = sa.ODEProblem(decay, u0[None], (0.0, t1), k)

@@ -19,8 +19,10 @@ from sensitivity.running import RunningField
 from sensitivity.solution import Gradient, Solution, Stats
 
 from ._attach import attached, looked, plain, task
+from ._lanes import in_lanes
 from ._lookback import JaxLookback
 from ._loops import BoundedLoops, JaxLoops
+from ._matrices import Summed, WrittenOut, light
 
 
 class Closed(NamedTuple):
@@ -260,6 +262,12 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def detached(self, x):
         return x._replace(t0=lax.stop_gradient(x.t0), t1=lax.stop_gradient(x.t1))
 
+    def suited(self, rhs, t, u):
+        closed = jax.make_jaxpr(rhs)(t, u)
+        if not light(closed.jaxpr):
+            return self
+        return _in_lanes if any(map(in_lanes, (t, u, *closed.consts))) else _alone
+
     def differentiable(self):
         if self._through is None:
             self._through = _Through()
@@ -399,4 +407,15 @@ class _Through(BoundedLoops, JaxBackend):
     """The backend with loops of known length."""
 
 
+class _Alone(Summed, JaxBackend):
+    """The backend for one solve of a light vector field."""
+
+
+class _InLanes(WrittenOut, JaxBackend):
+    """The backend for many solves of a light vector field; their stages are evaluated again rather than kept."""
+
+    keeps_stages = False
+
+
+_alone, _in_lanes = _Alone(), _InLanes()
 _register_results()

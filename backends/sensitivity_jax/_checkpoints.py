@@ -283,7 +283,7 @@ class Recomputing:
             sampler = None
             if saves not in (None, "steps"):
                 sampler = self.sampler(stepper.interpolate, ts, u0, direction, capacity, stepper.restage)
-            return Whole(Store(capacity), sampler)
+            return Whole(self.store(capacity), sampler)
         return Checkpoints(plan, stepper, "steps" if saves == "steps" else ts, u0, direction, capacity)
 
     def recall(self, kept, stepper):

@@ -38,3 +38,21 @@ def _(axis_size, in_batched, x):
 def select(mask, new, old):
     """Leaves of `new` where the scalar `mask` holds, else of `old`."""
     return jax.tree.map(lambda a, b: lax.select(jnp.broadcast_to(mask, jnp.shape(a)), a, b), new, old)
+
+
+def in_lanes(x):
+    """Whether `vmap` is known to hold several of these; inside a `jit` it holds, it cannot be told."""
+    sizes = []
+
+    @custom_vmap
+    def look(x):
+        return x
+
+    @look.def_vmap
+    def _(axis_size, in_batched, x):
+        sizes.append(axis_size)
+        return x, in_batched[0]
+
+    if isinstance(x, jax.core.Tracer):
+        look(lax.stop_gradient(x))
+    return bool(sizes)

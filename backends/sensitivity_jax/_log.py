@@ -71,10 +71,11 @@ class Rows(NamedTuple):
 
 class Store(NamedTuple):
     capacity: int
+    keeps_stages: bool
 
     def start(self, record):
         """An empty log for records of these shapes."""
-        return empty(record, self.capacity)
+        return empty(record, self.capacity, self.keeps_stages)
 
     def add(self, log, record, mine):
         return append(log, record, mine)
@@ -98,7 +99,7 @@ class Sampler(NamedTuple):
     stages: Any
 
     def start(self, record):
-        return empty(record, self.capacity)
+        return empty(record, self.capacity, self.be.keeps_stages)
 
     def add(self, log, record, mine):
         return append(log, record, mine)
@@ -115,9 +116,9 @@ def room_for_stages(k, capacity):
     return 0 if k.shape[0] == 1 else min(capacity, STAGE_SLOTS, max(1, STAGE_NUMBERS // max(k.size, 1)))
 
 
-def empty(record, capacity):
+def empty(record, capacity, keeps_stages):
     """A log without records, with room for `capacity` of them."""
-    room = Record(*(capacity,) * 3, room_for_stages(record.k, capacity))
+    room = Record(*(capacity,) * 3, room_for_stages(record.k, capacity) if keeps_stages else 0)
     buffers = jax.tree.map(lambda x, slots: jnp.zeros((slots, *x.shape), x.dtype), record, room)
     return Log(buffers, jnp.zeros((capacity,), bool), jnp.int32(0), jnp.int32(0))
 

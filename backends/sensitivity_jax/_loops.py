@@ -20,6 +20,7 @@ MASKED_SAVES = 64
 
 class JaxLoops(LedgerLoops, Recomputing, Matrices):
     traced = True
+    keeps_stages = True
 
     def choose(self, pred, a, b):
         return jax.tree.map(lambda x, y: jnp.where(pred, x, y), a, b)
@@ -167,7 +168,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return jnp.concatenate([jnp.stack(v) if isinstance(v, list) else jnp.asarray(v) for v in (a, b)])
 
     def store(self, capacity):
-        return Store(capacity)
+        return Store(capacity, self.keeps_stages)
 
     def sampler(self, interpolate, ts, u0, direction, capacity, stages):
         return Sampler(self, interpolate, ts, u0, direction, capacity, stages)
@@ -300,6 +301,12 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             return out
         old = scattered(extra, capacity) if isinstance(extra, Rows) else extra
         return Contribution(old.u + out.u, out.k if old.k is None else old.k + out.k, old.h, old.t)
+
+    def restaged(self, log):
+        keep, (room, stages, *_) = log.log.keep, log.log.records.k.shape
+        if stages == 1 or room == keep.shape[0]:
+            return 0
+        return jnp.sum(keep[max(room - 1, 0):], dtype=jnp.int32)
 
     def silent_end(self, extra):
         return 0

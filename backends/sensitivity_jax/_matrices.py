@@ -1,9 +1,16 @@
-"""Small matrix recursions as compiled loops: the twins of those in `sensitivity.loops.Loops`."""
+"""Small matrix recursions: the twins of those in `sensitivity.loops.Loops`, as compiled loops or written out.
+
+A compiled loop over the stages traces the vector field once, and compiles fast. Where the field is a few elementwise
+operations, what happens between two evaluations costs as much. A solve alone then sums in a loop of its own rather than
+call a matrix product. Under `vmap` a product with a small matrix becomes transposed copies, so that stages are written
+out there; their transposes are not, because XLA would compute what they share again for each.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr
 
 from sensitivity.backend import Loops
 
@@ -28,7 +35,7 @@ class Matrices(Loops):
         def body(i, state):
             carry, rows = state
             v = base if base.ndim == 1 else base[i]
-            v = v + jnp.asarray(scale, base.dtype) * jnp.dot(square[i], rows, precision="highest")
+            v = v + jnp.asarray(scale, base.dtype) * self._weighted(square[i], rows)
             new, out = row(carry, tuple(x[i] for x in xs), v)
             return like(arrays(new), carry), lax.dynamic_update_index_in_dim(rows, out.astype(rows.dtype), i, 0)
 
@@ -36,7 +43,7 @@ class Matrices(Loops):
 
     def combine(self, base, scale, weights, rows):
         w = jnp.asarray(np.array(weights), rows.dtype)
-        out = jnp.asarray(scale, rows.dtype) * jnp.dot(w, rows, precision="highest")
+        out = jnp.asarray(scale, rows.dtype) * self._weighted(w, rows)
         return out if base is None else base + out
 
     def inputs(self, a, base, scale, rows):
@@ -45,8 +52,12 @@ class Matrices(Loops):
         square = np.zeros((len(a), len(a)))
         for i, r in enumerate(a):
             square[i, : len(r)] = r
-        out = jnp.dot(jnp.asarray(square, rows.dtype), rows, precision="highest")
+        out = self._weighted(jnp.asarray(square, rows.dtype), rows)
         return base + jnp.asarray(scale, rows.dtype) * out
+
+    @staticmethod
+    def _weighted(weights, rows):
+        return jnp.dot(weights, rows, precision="highest")
 
     def seeds(self, b, h, lam, rows, last):
         out = jnp.asarray(h, lam.dtype) * jnp.outer(jnp.asarray(np.array(b), lam.dtype), lam)
@@ -58,10 +69,10 @@ class Matrices(Loops):
         return lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), i, 0)
 
     def permuted(self, xs, order):
-        return jnp.asarray(xs)[np.array(order)]
+        return _reordered(jnp.asarray(xs), order)
 
     def permuted_rows(self, rows, order):
-        return rows[np.array(order)]
+        return _reordered(rows, order)
 
     def poly(self, coefficients, x, like):
         x = self.vector(x, like)[:, None]
@@ -70,3 +81,53 @@ class Matrices(Loops):
         for c in columns[-2::-1]:
             out = out * x + c
         return out
+
+
+def _reordered(rows, order):
+    """Rows in another order; XLA reverses faster than it gathers."""
+    if order == tuple(range(order[0], order[0] - len(order), -1)):
+        return lax.rev(rows[order[-1]:order[0] + 1], (0,))
+    return rows[np.array(order)]
+
+
+LIGHT = 64  # operations
+HEAVY = {"dot_general", "conv_general_dilated", "while", "scan", "cond", "sort", "gather", "scatter", "fft",
+         "custom_jvp_call", "custom_vjp_call", "pure_callback", "io_callback", "custom_linear_solve"}
+
+
+def light(jaxpr):
+    """Whether this is a few elementwise operations."""
+    return _operations(jaxpr) <= LIGHT
+
+
+def _operations(jaxpr):
+    count = 0
+    for eqn in jaxpr.eqns:
+        inner = [p for p in eqn.params.values() if isinstance(p, ClosedJaxpr)]
+        if eqn.primitive.name in HEAVY or (inner and eqn.primitive.name != "jit"):
+            return LIGHT + 1
+        count += sum(_operations(p.jaxpr) for p in inner) if inner else 1
+    return count
+
+
+class Summed(Matrices):
+    """Recursions without matrix products."""
+
+    @staticmethod
+    def _weighted(weights, rows):
+        return jnp.sum(weights[..., None] * rows, axis=-2)
+
+
+class WrittenOut(Matrices):
+    """Recursions without loops, but for their transposes."""
+
+    def recursion(self, a, base, scale, xs, row, carry, first=None):
+        if base.ndim == 2:
+            return super().recursion(a, base, scale, xs, row, carry, first)
+        return Loops.recursion(self, a, base, jnp.asarray(scale, base.dtype), xs, row, carry, first)
+
+    def combine(self, base, scale, weights, rows):
+        return Loops.combine(self, base, jnp.asarray(scale, rows.dtype), weights, rows)
+
+    def inputs(self, a, base, scale, rows):
+        return jnp.stack(Loops.inputs(self, a, base, scale, rows))

@@ -155,7 +155,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
             end_state = be.replay(back, state, log, extra)
             t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent, x.u0.shape[0]), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
-        nfe = 0
+        nfe = 0 if self.budgeted else be.restaged(log) * stepper.stages
         if self.budgeted:
             taken, bars = be.recalled(log, extra)
             ts_bar = bars if ts_bar is None else ts_bar
