@@ -6,6 +6,8 @@ complex numbers, so that `Im G(x + i e d) / e` is its derivative without any sub
 """
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from functools import cache
@@ -429,6 +431,36 @@ def test_compiled_memory_does_not_grow_with_the_steps():
     few, many = temporary(50), temporary(450)
     # Time, size and a flag: 17 bytes a step.
     assert many - few <= 400 * 32
+
+
+RESIDENT = """
+from pathlib import Path
+import torch
+import sensitivity as sa
+
+def gradient(steps, sensealg):
+    prob = sa.ODEProblem(lambda t, u, p: -p * u, torch.ones(20_000, dtype=torch.float64), (0.0, 1.0),
+                         torch.full((20_000,), 0.5, dtype=torch.float64))
+    sa.gradient(prob, sa.Heun(), lambda sol: sol.u.sum(), dt=1.0 / steps, controller=sa.FixedStep(), sensealg=sensealg)
+
+def peak():
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+undone, kept, sizes = sa.ReversibleAdjoint(), sa.RecursiveCheckpointAdjoint(), []
+for steps, sensealg in ((10, kept), (10, undone), (50, undone), (450, undone), (450, kept)):
+    gradient(steps, sensealg)
+    sizes.append(peak())
+print(sizes[3] - sizes[2], sizes[4] - sizes[3])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is read from /proc")
+def test_resident_memory_of_torch_does_not_grow_with_the_steps(torch_lab):
+    """400 more states are 61 MiB, and the stages of a solve that keeps them more than twice that."""
+    out = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    reversible, kept = map(float, out.stdout.split())
+    assert reversible < 8 < 122 < kept
 
 
 # -- where it ends ------------------------------------------------------------------------------------------------

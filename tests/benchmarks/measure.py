@@ -62,6 +62,12 @@ def in_fresh_process(*arguments: str) -> float:
     return float(done.stdout.split()[-1])
 
 
+def resident(which: str) -> float:
+    """Resident memory of this process in MiB: "VmRSS" now, "VmHWM" at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
+
+
 def import_seconds(modules: str) -> float:
     code = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
     return in_fresh_process("-c", code)

@@ -39,7 +39,10 @@ def posed(problem: Problem, p, u0, pattern: bool = False):
 
 
 def algorithm(name: str):
-    return sa.auto if name == "auto" else getattr(sa, name)()
+    """The sensitivity algorithm; "Name:10MB" has a budget of memory."""
+    name, _, memory = name.partition(":")
+    options = {"memory": memory} if memory else {}
+    return sa.auto if name == "auto" else getattr(sa, name)(**options)
 
 
 def method(problem: Problem):

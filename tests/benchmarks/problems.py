@@ -296,6 +296,11 @@ def neural_ode(ops: Ops, batch: int, gain: float) -> Problem:
     return Problem(f, initial_states(ops, batch, 2), (0.0, 1.5), p, mean_square, saveat, tol=1e-6)
 
 
+def single(problem: Problem, tol: float = 2e-5) -> Problem:
+    """The same in single precision (PyTorch), whose rounding allows no tighter tolerance."""
+    return problem._replace(u0=problem.u0.float(), p=[x.float() for x in problem.p], tol=tol)
+
+
 def euler_mlp(ops: Ops, batch: int, width: int = 100, steps: int = 1000, dt: float = 0.01,
               lanes: bool = False) -> Problem:
     def f(t, u, p):
@@ -376,6 +381,8 @@ PROBLEMS: dict[str, Callable[[Ops], Problem]] = {
     "steep-neural-ode-256": lambda ops: neural_ode(ops, 256, gain=3.0),
     "euler-mlp-1": lambda ops: euler_mlp(ops, 1),
     "euler-mlp-100": lambda ops: euler_mlp(ops, 100),
+    "neural-ode-256-single": lambda ops: single(neural_ode(ops, 256, gain=1.0)),
+    "euler-mlp-100-single": lambda ops: single(euler_mlp(ops, 100)),
     "euler-mlp-wide": lambda ops: euler_mlp(ops, 1, width=1000, steps=100, dt=0.001),
     "euler-mlp-vmap-1000": lambda ops: euler_mlp(ops, 1000, steps=5, dt=0.001, lanes=True),
     "thousand-steps": thousand_steps,
@@ -388,7 +395,7 @@ class Row(NamedTuple):
     """One line of the report: our algorithm against a peer's, and the ratio peer/ours we aim at."""
 
     problem: str
-    quantity: str  # "gradient", "forward", "compile" (first call in a fresh process) or "import"
+    quantity: str  # "gradient", "forward", "compile" (first call in a fresh process), "memory" or "import"
     ours: str
     peer: str
     target: float | None = None
@@ -469,14 +476,22 @@ ROWS: dict[str, list[Row]] = {
         Row("neural-ode-1", "gradient", "BacksolveAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("neural-ode-1", "gradient", "GaussAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("neural-ode-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
-        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.6),
-        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 15),
+        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
+        Row("neural-ode-256", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("neural-ode-256", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("neural-ode-256-single", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.6),
+        Row("neural-ode-256-single", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 15),
         Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.2),
         Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 2.5),
         Row("euler-mlp-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint"),
+        Row("euler-mlp-100-single", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
+        Row("euler-mlp-100-single", "gradient", "RecursiveCheckpointAdjoint:10MB", "torchdiffeq.odeint", 1 / 1.15),
+        Row("euler-mlp-100-single", "gradient", "RecursiveCheckpointAdjoint:10MB", "torchdiffeq.odeint_adjoint"),
+        Row("euler-mlp-100-single", "memory", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
+        Row("euler-mlp-100-single", "memory", "RecursiveCheckpointAdjoint:10MB", "torchdiffeq.odeint", 15),
+        Row("euler-mlp-100-single", "memory", "RecursiveCheckpointAdjoint:10MB", "torchdiffeq.odeint_adjoint"),
         Row("noise-96", "gradient", "RecursiveCheckpointAdjoint", _backprop),
         Row("neural-noise-heun", "gradient", "RecursiveCheckpointAdjoint", _backprop),
         Row("neural-noise-heun", "gradient", "BacksolveAdjoint", _adjoint, 1.2),

@@ -7,7 +7,8 @@ Without a framework each one runs in a fresh process of its own. A row names our
 the same gradient (or solve) in turn, and `ratio` is the peer's median time over ours, so more than one is faster than
 the peer. `difference` is the relative distance between the two results, the errors are their distances from a peer's
 exact gradient at a tight tolerance (ours for the stiff problems of NumPy, where CVODES gets a tolerance of its own,
-with which its error is about as large). `compile` is the first call in a fresh process, imports excluded. Only ratios
+with which its error is about as large). `compile` is the first call in a fresh process, imports excluded; `memory` is
+what the resident memory of a fresh process grows by at its peak, in MiB instead of milliseconds (Linux). Only ratios
 travel between machines, and a busy machine makes even those uncertain. PyTorch runs on one thread on both sides.
 
 `--seconds` is the time each variant is measured for (default 2, never fewer than three rounds).
@@ -36,6 +37,7 @@ PACKAGES = {
     "import": ("sensealg", "numpy", "scipy", "jax", "diffrax", "torch", "torchdiffeq"),
 }
 WRONG = 1e-3
+FRESH = {"compile": "--first-call", "memory": "--peak"}
 COLUMNS = {
     "problem": "<",
     "quantity": "<",
@@ -67,12 +69,23 @@ def first_call(framework: str, problem: str, name: str) -> float:
     return time.perf_counter() - start
 
 
+def peak(framework: str, problem: str, name: str) -> float:
+    """By how many kilo-MiB resident memory grows at its peak, after a call with few steps."""
+    side = importlib.import_module("peers" if "." in name else "ours")
+    given = PROBLEMS[problem](OPS[framework]())
+    start, _ = given.tspan
+    side.build(framework, name, given._replace(tspan=(start, start + 10 * given.dt)))()
+    call, before = side.build(framework, name, given), measure.resident("VmRSS")
+    call()
+    return (measure.resident("VmHWM") - before) / 1e3
+
+
 def clock_for(framework: str, quantity: str, problem: str, name: str):
     """A clock, warmed up, and the result of the call where there is one."""
     if quantity == "import":
         clock, result = partial(measure.import_seconds, name), None
-    elif quantity == "compile":
-        clock = partial(measure.in_fresh_process, __file__, framework, "--problem", problem, "--first-call", name)
+    elif quantity in FRESH:
+        clock = partial(measure.in_fresh_process, __file__, framework, "--problem", problem, FRESH[quantity], name)
         result = None
     else:
         call = builder(framework, problem, name)
@@ -168,9 +181,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--no-compile", action="store_true", help="leave out the slow fresh-process rows of JAX")
     parser.add_argument("--first-call", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.first_call:
         print(first_call(options.framework, options.problem, options.first_call))
+        return
+    if options.peak:
+        print(peak(options.framework, options.problem, options.peak))
         return
     if options.framework:
         reports = [run(options.framework, options.problem, options.seconds, not options.no_compile)]
