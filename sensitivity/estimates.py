@@ -64,6 +64,7 @@ def estimate(algorithm: Any, work: Work, itemsize: int, limit: int | None = None
         return None
     nfe, njvp, nvjp, kept = known(work)
     kept = (kept + (work.n * work.n if work.implicit else 0)) * itemsize
-    if limit is not None and getattr(algorithm, "memory", None) is not None:
+    budget = getattr(algorithm, "memory", None) or getattr(algorithm, "checkpoints", None)
+    if limit is not None and budget is not None:
         nfe, kept = nfe + (work.nfe if kept > limit else 0), min(kept, limit)
     return Estimate(work.nfe + nfe, njvp, nvjp, kept)

@@ -135,6 +135,12 @@ RULES: tuple[Rule, ...] = (
          lambda f: RecursiveCheckpointAdjoint(memory=f.memory),
          "exact gradient of the computed solution; keeps the states that fit, and repeats steps for the others",
          "Griewank, Walther (2000)"),
+    Rule("memory-segments", "Are they more than the memory allows, and an ODE's?",
+         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0) and f.kind == "ode"
+         and not f.dense,
+         lambda f: GaussAdjoint(checkpoints=f.memory if isinstance(f.memory, str) else f"{f.memory}B"),
+         "steps of this kind are not repeated one by one: an adjoint of the equation, which solves again between "
+         "checkpoints that share the memory", "Serban, Hindmarsh (2005)"),
     Rule("delays", "Does f look at the past?",
          lambda f: f.kind == "dde", lambda f: RecursiveCheckpointAdjoint(),
          "exact gradient of the computed solution, with break points that move with the lags",

@@ -236,11 +236,11 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
 
     def peak(self, call, like):
         """By what the compiler reserves for the forward and the reverse pass; their residuals belong to both."""
-        self._peaks = peaks = []
+        JaxBackend._peaks = peaks = []  # of the class: a solve may run on a variant of this backend
         try:
             call()
         finally:
-            self._peaks = None
+            JaxBackend._peaks = None
         known = bool(peaks) and None not in peaks
         return (max(peaks), "the compiler, for the forward or the reverse pass") if known else (None, None)
 
