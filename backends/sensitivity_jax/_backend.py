@@ -102,9 +102,10 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     attaches = True
     namespace, array_call = "jnp", "jnp.array"
     xp = jnp
+    _peaks = None
 
     def __init__(self):
-        self._through = self._peaks = None
+        self._through = None
 
     def flatten(self, tree):
         leaves, structure = jax.tree.flatten(tree)
