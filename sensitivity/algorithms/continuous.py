@@ -131,7 +131,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
             u = be.xp.concat([solved.end.u[None, :], u[1:, :]])
             every = be.joined([solved.end.t], points)
         return (out._replace(u=u[:k, :]), aux._replace(ts=[solved.end.t] if run.saves is None else ts),
-                Kept(solved.x, None, solved.end, every, u))
+                Kept(solved.x._replace(saveat=x.saveat), None, solved.end, every, u))
 
     # -- reverse ------------------------------------------------------------------------------------------------
 
