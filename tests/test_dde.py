@@ -573,7 +573,9 @@ def test_stiff_equation(numpy_lab):
         assert got.stats.naccept < 200
         assert got.stats.nlu >= got.stats.naccept
         for name in names if alg.name == "Rodas5P" else names[:2]:  # Kvaerno5 has a lower order where it is stiff
-            np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-3, atol=1e-7,
+            # Against a solve at 1e-8; measured: 1.1e-4 of p and 1.8e-6 in t0 by Rodas5P, 3.3e-4 by Kvaerno5.
+            rtol = 2e-4 if alg.name == "Rodas5P" else 5e-4
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=rtol, atol=3e-6,
                                        err_msg=f"{alg.name} {sensealg.name} {name}")
 
 

@@ -119,8 +119,8 @@ def test_large_systems_go_without_a_matrix():
     assert r.stats.nlu == 0
     u = prob.u0 / (1.0 + 2.0 * prob.u0)
     np.testing.assert_allclose(r.solution.u[-1], u, rtol=1e-5)
-    np.testing.assert_allclose(r.u0, (u / prob.u0) ** 2, rtol=1e-4)
-    np.testing.assert_allclose(r.p, -np.sum(u**2), rtol=1e-4)
+    np.testing.assert_allclose(r.u0, (u / prob.u0) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(r.p, -np.sum(u**2), rtol=1e-5)
 
 
 def test_steady_states_with_ones_own(lab):

@@ -401,4 +401,4 @@ def test_a_band_in_single_precision(lab):
     small = sa.ODEProblem(lambda t, u, p: -p * u * (1.0 + u), single(prob.u0), (0.0, 0.1), single(prob.p)[0])
     ends = [sa.solve(small.remake(jac_sparsity=given), sa.Kvaerno3()).u[-1] for given in (None, pattern)]
     assert str(ends[1].dtype).endswith("float32")
-    np.testing.assert_allclose(*map(lab.numpy, ends), rtol=1e-4)
+    np.testing.assert_allclose(*map(lab.numpy, ends), rtol=1e-5)  # rounding of Newton's corrections, in float32
