@@ -36,6 +36,7 @@ class Backend(Lookback, Loops):
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
     sparse_lu : whether Jacobians may be SciPy sparse matrices, which `factorize_sparse` takes.
+    batches : whether `rows` evaluates a function for all rows at once.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
     holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
@@ -47,6 +48,7 @@ class Backend(Lookback, Loops):
     opaque = False
     holds_numpy = False
     attaches = False
+    batches = False
     sparse_lu = False
     complex = True
     how_to_get_ad = ""
@@ -206,6 +208,11 @@ class Backend(Lookback, Loops):
         from .ensemble import stacked
 
         return stacked(self, [one(i, [x[i, ...] for x in rows]) for i in range(rows[0].shape[0])])
+
+    def rows(self, f: Callable[[list[Array]], list[Array]], arrays: list[Array]) -> list[Array]:
+        """`f([row_i of each array])` for every i, each of its results stacked."""
+        results = [f([x[i, ...] for x in arrays]) for i in range(arrays[0].shape[0])]
+        return [self.xp.stack(column) for column in zip(*results, strict=True)]
 
     def host(self, x: Array) -> Any:
         """Values as a NumPy array, if they can be had; else `x`."""

@@ -15,6 +15,7 @@ from .retcode import RetCode
 from .solution import Gradient, Solution, Stats
 from .steady import SteadyStateProblem
 from .stochastic import SDEProblem
+from .together import GROUP, can_go, together
 
 CHUNK = 16
 PARTS = ("u0", "p", "tspan", "key")
@@ -143,10 +144,12 @@ def run(task: Callable[..., Any], ensemble: EnsembleProblem, args: tuple[Any, ..
     args = (method_of(ensemble.member(0), args[0], options), *args[1:])
     be = backend(ensemble, options.get("backend"))
     count = len(ensemble)
+    abreast = can_go(be, ensemble.prob, ensemble.given, args, options)
     if executor is not None:
-        results = _spread(be, task, ensemble, args, options, executor, chunk or (CHUNK if be.traced else 1))
+        results = _spread(be, task, ensemble, args, options, executor,
+                          chunk or (GROUP if abreast else CHUNK if be.traced else 1))
     else:
-        ranges = _ranges(count, chunk or count)
+        ranges = _ranges(count, chunk or (GROUP if abreast else count))
         results = [_batch(be, task, ensemble.prob, _slice(be, ensemble, *r), args, options, r[0]) for r in ranges]
     result = results[0] if len(results) == 1 else stacked(be, results, "concat")
     sol = result.solution if isinstance(result, Gradient) else result
@@ -178,6 +181,10 @@ def _slice(be: Any, ensemble: EnsembleProblem, start: int, stop: int) -> dict[st
 def _batch(be: Any, task: Callable[..., Any], prob: Any, varied: dict[str, Any], args: tuple[Any, ...],
            options: dict[str, Any], first: int) -> Any:
     """All members of one batch, in this process."""
+    if can_go(be, prob, tuple(varied), args, options):
+        result = together(be, task, prob, varied, args, options)
+        if result is not None:
+            return result
     leaves, structure = be.flatten(varied)
     batched = [bool(getattr(x, "shape", ())) for x in leaves]
     rows = [x for x, on in zip(leaves, batched, strict=True) if on]

@@ -72,14 +72,16 @@ def words(be: Any, key: Any) -> Array:
     return key if key.shape[0] == 2 else be.xp.concat([key, key * 0])
 
 
-def tree(be: Any, key: Array, m: int, length: Any, s: Array, levels: int) -> tuple[Array, Array]:
-    """`W(s)` and `int_0^s W dr`, each `(len(s), m)`, of `m` independent paths on `[0, length]`.
+def tree(be: Any, key: Any, channels: Array, length: Any, s: Array, levels: int) -> tuple[Array, Array]:
+    """`W(s)` and `int_0^s W dr`, each `(len(s), m)`, of the paths in `m` channels on `[0, length]`.
+
+    The two words of `key` are numbers, or vectors with words for each column.
 
     Times between the ends of the smallest intervals, `2^-levels length`, are bridged: the law of a path seen at
     times of which no two lie inside one smallest interval is that of Brownian motion.
     """
     xp, dtype = be.xp, s.dtype
-    channels = be.counters(m, s)
+    m = channels.shape[0]
     leaves = 2**levels
     q = s * (leaves / length)
     # Close to the end of an interval is on it: a path has no derivative, so round-off in time would count as sqrt(eps).
@@ -163,7 +165,12 @@ class Tree(NamedTuple):
 
     def __call__(self, be: Any, arrays: tuple[Array, ...], m: int, s: Array) -> tuple[Array, Array]:
         key, t0, t1 = arrays
-        return tree(be, key, m, t1 - t0, s - t0, self.levels)
+        channels = be.counters(m, s)
+        if key.ndim == 2:  # as many paths as rows, one behind the other
+            each = m // key.shape[0]
+            channels = channels % each
+            key = be.xp.repeat(key.T, each, axis=1)
+        return tree(be, key, channels, t1 - t0, s - t0, self.levels)
 
 
 class Table(NamedTuple):
@@ -173,6 +180,52 @@ class Table(NamedTuple):
         del m
         ts, W = arrays
         return tabulated(be, ts, W, s)
+
+
+class Abreast(NamedTuple):
+    """How the entries of many members, leaf by leaf with the members in front, meet their paths.
+
+    Attributes
+    ----------
+    members : how many there are.
+    sizes : entries of one member in each leaf.
+    one : whether there is one noise for all entries of a member, or one for each.
+    own : whether each member has its own path.
+    """
+
+    members: int
+    sizes: tuple[int, ...]
+    one: bool
+    own: bool
+
+    @property
+    def noises(self) -> int:
+        """Noises of one member."""
+        return 1 if self.one else sum(self.sizes)
+
+    def columns(self, be: Any, like: Array) -> Array:
+        """Which column, of paths that lie one behind the other, drives each entry."""
+        xp, parts, before = be.xp, [], 0
+        first = be.counters(self.members, like)[:, None] * (self.noises if self.own else 0)
+        for size in self.sizes:
+            inside = be.counters(size, like) * (0 if self.one else 1) + (0 if self.one else before)
+            parts.append(xp.reshape(first + inside[None, :], (-1,)))
+            before += size
+        return xp.concat(parts)
+
+
+class Parallel(NamedTuple):
+    """The law of the paths of many members, one column for each entry of their states."""
+
+    law: Any
+    abreast: Abreast
+
+    def __call__(self, be: Any, arrays: tuple[Array, ...], m: int, s: Array) -> tuple[Array, Array]:
+        del m
+        k = self.abreast.noises * (self.abreast.members if self.abreast.own else 1)
+        columns = self.abreast.columns(be, s)
+        W, A = self.law(be, arrays, k, s)
+        return be.xp.take(W, columns, axis=1), be.xp.take(A, columns, axis=1)
 
 
 class Path:

@@ -19,7 +19,7 @@ from typing import Any
 
 from .backend import Array, Backend, Scalar
 from .errors import InputError, SignatureError, TimesError, UnsupportedCombination, undefined
-from .noise import DEEPEST, Path, TabulatedPath, Tree, words
+from .noise import DEEPEST, Abreast, Parallel, Path, TabulatedPath, Tree, words
 from .problems import Problem, pair
 from .stochasticchecks import action, check_path
 from .stochasticmethods import Scheme, StochasticMethod
@@ -89,6 +89,13 @@ class SDEProblem(Problem):
                              "steps ask it for increments at any time",
                              "brownian=sa.VirtualBrownianTree(key, tspan, tol), or sa.TabulatedPath(ts, W)")
         object.__setattr__(self, "tspan", pair(self.tspan))
+
+
+@dataclass(frozen=True, eq=False)
+class Members(SDEProblem):
+    """Many members as one problem: arrays have the members in front, and `abreast` says how entries meet the paths."""
+
+    abreast: Abreast | None = None
 
 
 # -- what the solve works with ----------------------------------------------------------------------------------------
@@ -345,13 +352,18 @@ def drive(be: Any, prob: SDEProblem, method: StochasticMethod, base: Field, g: A
         raise TimesError(f"tspan=({c0:g}, {c1:g}) of an SDEProblem does not run forwards",
                          "noise at later times is independent of the state",
                          f"tspan=({min(c0, c1):g}, {max(c0, c1):g})")
-    path = prob.brownian
+    path, abreast = prob.brownian, getattr(prob, "abreast", None)
+    if abreast and acts == "all":
+        raise UnsupportedCombination("members whose g is a matrix cannot share one state",
+                                     "their noises would meet in one matrix", "one solve for each")
     if path is None:
         law: Any = Tree(levels(dt, steps))
-        arrays: tuple[Array, ...] = (words(be, prob.key), t0, t1)
+        arrays: tuple[Array, ...] = (prob.key if abreast and abreast.own else words(be, prob.key), t0, t1)
     else:
         law, arrays = path.law, path.arrays(be, like)
-        check_path(be, path, m, dt, c0, c1)
+        check_path(be, path, abreast.noises if abreast else m, dt, c0, c1)
+    if abreast:
+        law, acts, m = Parallel(law, abreast), "each", base.u.size
     field = NoisyField(base.f, base.u, base.p, base.captured, acts=acts, m=m, squares=method.scheme.squares, law=law,
                        kept=len(arrays), dt=dt, steps=steps, additive=prob.noise == "additive", dtype=like.dtype)
     return field, (*arrays, t0, t1)

@@ -175,6 +175,112 @@ def test_jax_processes_keep_their_precision(workers):
     equal(spread, serial)
 
 
+def sde(lab, noise, structure):
+    xp = lab.xp
+    if structure == "tree":
+        return sa.SDEProblem(lambda t, u, p: {"a": p[0] * u["a"], "b": u["a"].sum() - u["b"]},
+                             lambda t, u, p: {"a": p[1] * u["a"], "b": p[1] * xp.sin(u["b"])},
+                             {"a": lab.array([1.0, 2.0]), "b": lab.array([0.5])}, (0.0, 1.0), lab.array([-0.5, 0.3]),
+                             noise=noise)
+    return sa.SDEProblem(lambda t, u, p: p[0] * u - 0.1 * u**3, lambda t, u, p: p[1] + 0.0 * u,
+                         lab.array([1.0, 2.0]), (0.0, 1.0), lab.array([-0.5, 0.3]), noise=noise)
+
+
+def entries(lab, tree):
+    return [lab.numpy(x) for x in lab.be.flatten(tree)[0]]
+
+
+STEPS = [("diagonal", "vector", sa.Milstein()), ("scalar", "tree", sa.EulerMaruyama()),
+         ("diagonal", "tree", sa.EulerMaruyama()), ("additive", "vector", sa.ShARK())]
+
+
+@pytest.mark.parametrize(("noise", "structure", "alg"), STEPS, ids=lambda x: getattr(x, "name", x))
+def test_paths_side_by_side(lab, noise, structure, alg):
+    """What shares its steps is what it is alone: state, counts, and gradient, of every leaf, path and parameter."""
+    if lab.name == "jax":
+        pytest.skip("members are always mapped there")
+    prob = sde(lab, noise, structure)
+    rates = lab.array([[-0.5, 0.3], [-0.2, 0.1], [-0.9, 0.5]])
+    options = {"dt": 0.1, "saveat": lab.array([0.33, 1.0])}
+
+    def loss(sol):
+        return (sol.prob.p[0] * (sol.u["a"] if structure == "tree" else sol.u) ** 2).sum()
+
+    for varied in ({"key": np.arange(7, 10)}, {"key": np.arange(7, 10), "p": rates}):
+        ens = sa.EnsembleProblem(prob, **varied)
+        sol, r = sa.solve(ens, alg, **options), sa.gradient(ens, alg, loss, **options)
+        for i in (0, 2):
+            alone, one = sa.solve(ens.member(i), alg, **options), sa.gradient(ens.member(i), alg, loss, **options)
+            for got, want in zip(entries(lab, sol.u), entries(lab, alone.u), strict=True):
+                np.testing.assert_allclose(got[i], want, rtol=1e-14, atol=1e-15)
+            np.testing.assert_array_equal(lab.numpy(sol.t)[i], lab.numpy(alone.t))
+            assert int(sol.stats.nfe[i]) == alone.stats.nfe
+            assert int(r.stats.nvjp[i]) == one.stats.nvjp
+            np.testing.assert_allclose(float(r.value[i]), float(one.value), rtol=1e-14)
+            for name in ("u0", "p"):
+                for got, want in zip(entries(lab, getattr(r, name)), entries(lab, getattr(one, name)), strict=True):
+                    np.testing.assert_allclose(got[i], want, rtol=1e-12, atol=1e-14)
+
+
+def test_steps_are_shared(lab):
+    """`f` is called once per step for all members where the framework can; no step is taken member by member."""
+    if lab.name == "jax":
+        pytest.skip("one trace serves all steps there")
+    calls = []
+
+    def f(t, u, p):
+        calls.append(1)
+        return -p * u
+
+    prob = sa.SDEProblem(f, lambda t, u, p: 0.1 * u, lab.array([1.0]), (0.0, 1.0), lab.array(0.5))
+    ens = sa.EnsembleProblem(prob, key=np.arange(50))
+    sa.solve(ens.member(0), sa.EulerMaruyama(), dt=0.01)
+    calls.clear()
+    sol = sa.solve(ens, sa.EulerMaruyama(), dt=0.01)
+    assert [int(n) for n in sol.stats.nfe] == [100] * 50
+    assert len(calls) < 120 if lab.name == "torch" else len(calls) < 50 * 105
+
+
+def test_paths_that_cannot_share_steps(lab):
+    """A failed member, branches on values, a matrix for g, adaptive steps: one by one, with the same results."""
+    if lab.name == "jax":
+        pytest.skip("members are always mapped there")
+    branch = sa.SDEProblem(lambda t, u, p: -u if u.sum() > 0.0 else p * u, lambda t, u, p: 0.1 * u,
+                           lab.array([1.0]), (0.0, 1.0),
+                           lab.array(-0.5))
+    matrix = sa.SDEProblem(lambda t, u, p: -p * u, lambda t, u, p: lab.array([[0.1, 0.2]]), lab.array([1.0]),
+                           (0.0, 1.0), lab.array(0.5), noise="additive")
+    starts = lab.array([[1.0], [-1.0]])
+    for prob, alg in ((branch, sa.EulerMaruyama()), (matrix, sa.ShARK())):
+        ens = sa.EnsembleProblem(prob, u0=starts)
+        got = sa.solve(ens, alg, dt=0.1)
+        for i in range(2):
+            alone = sa.solve(ens.member(i), alg, dt=0.1)
+            np.testing.assert_array_equal(lab.numpy(got.u)[i], lab.numpy(alone.u))
+    grows = sa.SDEProblem(lambda t, u, p: p * u**3, lambda t, u, p: 0.1 * u, lab.array([1.0]), (0.0, 1.0),
+                          lab.array(0.1))
+    ens = sa.EnsembleProblem(grows, p=lab.array([0.1, 400.0]))
+    with np.errstate(all="ignore"):
+        with pytest.raises(sa.SolveError) as e:
+            sa.solve(ens, sa.EulerMaruyama(), dt=0.1)
+        sol = sa.solve(ens, sa.EulerMaruyama(), dt=0.1, on_failure="nan")
+    assert "member 1" in "".join(e.value.__notes__)
+    assert [bool(v) for v in sol.success] == [True, False]
+
+
+def test_paths_spread_are_paths_together(lab):
+    """Groups are the same with and without an executor, so that results are the same to the last bit."""
+    if lab.name == "jax":
+        pytest.skip("there a batch is compiled for its size")
+    prob = sa.SDEProblem(lambda t, u, p: lab.xp.sin(p * u), lambda t, u, p: lab.xp.exp(-u), lab.array([1.0, 0.3, 0.2]),
+                         (0.0, 1.0), lab.array(0.5))
+    ens = sa.EnsembleProblem(prob, key=np.arange(67))
+    options = {"dt": 0.25, "dloss": lambda sol: 2.0 * sol.u}
+    serial = sa.gradient(ens, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), **options)
+    with ThreadPoolExecutor(2) as pool:
+        equal(sa.gradient(ens, sa.EulerMaruyama(), lambda sol: (sol.u**2).sum(), executor=pool, **options), serial)
+
+
 def test_failures_name_the_member(lab):
     prob = sa.ODEProblem(lambda t, u, p: p * u * u, lab.array([1.0]), (0.0, 1.0), lab.array(0.1))
     ens = sa.EnsembleProblem(prob, p=lab.array([0.1, 5.0]))

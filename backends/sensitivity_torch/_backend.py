@@ -19,7 +19,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     modes = frozenset({"reverse", "forward"})
-    attaches = sparse_lu = True
+    attaches = batches = sparse_lu = True
     namespace, array_call, copy_call = "torch", "torch.tensor", "clone"
     xp = xp
 
@@ -230,6 +230,13 @@ class TorchBackend(Backend):
         """A solver on NumPy arrays as one on tensors."""
         return lambda b, transposed=False: torch.as_tensor(
             solve(self.host(b), transposed), dtype=b.dtype, device=b.device)
+
+    def rows(self, f, arrays):
+        try:
+            return torch.func.vmap(f)(arrays)
+        except RuntimeError as e:
+            raise UnsupportedCombination(f"torch.func.vmap fails on f ({e})", "it cannot see all members at once",
+                                         "a loop over members") from e
 
     def host(self, x):
         return x.detach().cpu().numpy()
