@@ -466,7 +466,8 @@ ROWS: dict[str, list[Row]] = {
     "torch": [
         Row("lotka-volterra", "gradient", "auto", "torchdiffeq.odeint", 6),
         Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 6),
-        Row("lotka-volterra", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint", 10),
+        Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 10),
+        Row("lotka-volterra", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("lotka-volterra", "gradient", "BacksolveAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("lotka-volterra", "gradient", "ForwardSensitivity", "torchdiffeq.odeint"),
         Row("lotka-volterra", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
