@@ -225,6 +225,9 @@ class Backend(Lookback, Loops):
     def restore(self, setup: Any) -> None:
         """Put the settings of another process in force."""
 
+    def allow_float64(self) -> None:
+        """Let arrays be float64, where a framework has to be told."""
+
     # -- random numbers ---------------------------------------------------------------------------------------
 
     def word(self) -> Any:

@@ -8,7 +8,7 @@ descending the gradient of the squared error of the logarithms; every gradient g
 
 from __future__ import annotations
 
-from importlib import import_module, resources
+from importlib import resources
 from typing import Any, NamedTuple
 
 from .gradient import gradient
@@ -19,7 +19,6 @@ from .solve import solve
 
 NAMES = ("a", "b", "c", "d", "x(1900)", "y(1900)")
 START = (0.5, 0.025, 0.8, 0.025, 30.0, 4.0)
-NAMESPACES = {"numpy": "numpy", "jax": "jax.numpy", "torch": "torch"}
 
 
 class Fit(NamedTuple):
@@ -42,8 +41,12 @@ def record() -> tuple[list[float], list[list[float]]]:
     return years, counts
 
 
-def problem(backend: str, xp: Any, values: Any) -> ODEProblem:
-    """The model at these parameters, in one framework; NumPy, which has no AD, gets its derivatives by hand."""
+def problem(be: Any, values: Any) -> ODEProblem:
+    """The model at these parameters, in one framework; where AD may fail to see `f`, with derivatives by hand."""
+    xp = be.xp
+
+    def array(v: Any) -> Any:
+        return xp.asarray(v, dtype=xp.float64)
 
     def f(t: Any, u: Any, p: Any) -> Any:
         x, y = u[0], u[1]
@@ -51,14 +54,13 @@ def problem(backend: str, xp: Any, values: Any) -> ODEProblem:
 
     def jac(t: Any, u: Any, p: Any) -> Any:
         x, y = u
-        return xp.asarray([[p[0] - p[1] * y, -p[1] * x], [p[3] * y, -p[2] + p[3] * x]])
+        return array([[p[0] - p[1] * y, -p[1] * x], [p[3] * y, -p[2] + p[3] * x]])
 
     def paramjac(t: Any, u: Any, p: Any) -> Any:
         x, y = u
-        return xp.asarray([[x, -x * y, 0.0, 0.0], [0.0, 0.0, -y, x * y]])
+        return array([[x, -x * y, 0.0, 0.0], [0.0, 0.0, -y, x * y]])
 
-    array = xp.asarray if backend != "torch" else lambda v: xp.asarray(v, dtype=xp.float64)
-    hand = {"jac": jac, "paramjac": paramjac} if backend == "numpy" else {}
+    hand = {"jac": jac, "paramjac": paramjac} if be.opaque else {}
     return ODEProblem(f, array(values[4:]), (0.0, 20.0), array(values[:4]), **hand)
 
 
@@ -67,13 +69,12 @@ def fit(backend: str = "numpy") -> Fit:
     import numpy as np
     from scipy.optimize import minimize
 
-    registry().backend(backend)
-    xp = import_module(NAMESPACES[backend])
-    if backend == "jax":
-        import_module("jax").config.update("jax_enable_x64", True)
+    be = registry().backend(backend)
+    be.allow_float64()
+    xp = be.xp
     years, counts = record()
     times = [year - years[0] for year in years]
-    target = xp.log(xp.asarray(counts)) if backend != "torch" else xp.log(xp.asarray(counts, dtype=xp.float64))
+    target = xp.log(xp.asarray(counts, dtype=xp.float64))
     used: list[Any] = []
 
     def loss(sol: Any) -> Any:
@@ -82,13 +83,13 @@ def fit(backend: str = "numpy") -> Fit:
     def dloss(sol: Any) -> Any:
         return 2.0 * (xp.log(sol.u) - target) / sol.u
 
-    base = problem(backend, xp, np.array(START))
+    base = problem(be, np.array(START))
 
     def objective(z: Any) -> tuple[float, Any]:
         """Loss and gradient in the logarithms of the six numbers."""
-        now = problem(backend, xp, np.exp(z))
+        now = problem(be, np.exp(z))
         r = gradient(base.remake(u0=now.u0, p=now.p), Tsit5(), loss, wrt=("u0", "p"), saveat=times, rtol=1e-9,
-                     atol=1e-9, dloss=dloss if backend == "numpy" else None, on_failure="nan")
+                     atol=1e-9, dloss=dloss if be.opaque else None, on_failure="nan")
         used.append(r.sensealg)
         slope = np.concatenate([np.asarray(r.p), np.asarray(r.u0)])
         value = float(r.value)
@@ -115,7 +116,7 @@ def run(backend: str, output: str) -> None:
     try:
         from .plotting import save_fit
 
-        prob = problem("numpy", np, np.array(found.values))
+        prob = problem(registry().backend("numpy"), np.array(found.values))
         sol = solve(prob, Tsit5(), saveat=400, rtol=1e-8, atol=1e-8)
         save_fit(output, years, np.array(counts), sol.t + years[0], sol.u, ("hares", "lynx"))
     except ImportError as e:

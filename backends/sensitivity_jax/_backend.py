@@ -217,6 +217,9 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         if bool(jax.config.jax_enable_x64) != setup:
             jax.config.update("jax_enable_x64", setup)
 
+    def allow_float64(self):
+        self.restore(True)
+
     def linear_solve(self, apply, transposed, b, solver):
         return lax.custom_linear_solve(apply, b, solver, lambda _, b: solver(transposed, b))
 
