@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
 
 from .advice import Advice, Candidate, spelled
 from .algorithms import budget
-from .algorithms.backsolve import BacksolveAdjoint
 from .algorithms.base import bound
-from .algorithms.direct import DirectAdjoint
-from .algorithms.discrete import RecursiveCheckpointAdjoint
-from .algorithms.forward import ForwardSensitivity
-from .algorithms.forward_ad import ForwardADSensitivity
-from .algorithms.gauss import GaussAdjoint
-from .algorithms.implicit import ImplicitAdjoint
-from .algorithms.interpolating import InterpolatingAdjoint
-from .algorithms.quadrature import QuadratureAdjoint
-from .algorithms.reversible import ReversibleAdjoint
-from .algorithms.reversibleheun import ReversibleHeunAdjoint
-from .algorithms.second_order import ForwardOverAdjoint
 from .choose import auto, choose, suggested
 from .ensemble import EnsembleProblem
 from .errors import InputError, SensitivityWarning, SolveError, UnsupportedCombination
@@ -31,18 +20,13 @@ from .integrate import Run
 from .methods import Kvaerno5, Rodas5P, Tsit5
 from .probe import through_ad
 from .problems import DDEProblem
-from .registry import registry
+from .registry import algorithms
 from .retcode import RetCode
 from .rules import Facts, facts, remark, rules
 from .solve import prepare_options, solve
 from .stiffness import DENSE, POINTS, Probes, placed, probed
 from .system import Inputs
 from .trust import checked_once
-
-ALGORITHMS: tuple[type, ...] = (
-    RecursiveCheckpointAdjoint, ReversibleAdjoint, GaussAdjoint, QuadratureAdjoint, InterpolatingAdjoint,
-    BacksolveAdjoint, ForwardSensitivity, ForwardADSensitivity, ForwardOverAdjoint, DirectAdjoint,
-    ReversibleHeunAdjoint, ImplicitAdjoint)
 
 
 def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = False, memory: Any = None,
@@ -177,8 +161,9 @@ def _work(run: Run, x: Inputs, sol: Any) -> Work:
     if run.kind is None and run.method.one_step:
         stepper = bound(run, x)
         stages = stepper.stages - stepper.fsal
+    saves = s.naccept if wanted.saves == "steps" else int(wanted.saves)
     return Work(s.nfe, s.naccept, attempts, stages, x.u0.shape[0], wanted.columns, wanted.params,
-                run.method.implicit, run.vjp.extra(run))
+                run.method.implicit, run.vjp.extra(run), saves)
 
 
 def _itemsize(run: Run, x: Inputs) -> int:
@@ -186,21 +171,20 @@ def _itemsize(run: Run, x: Inputs) -> int:
 
 
 def _table(run: Run, x: Inputs, known: Facts, rule: Any, taken: Any, work: Work) -> tuple[Candidate, ...]:
-    """Every candidate: the chosen one, the possible ones from exact to cautioned, the ones ruled out."""
-    work = work._replace(m=known.columns)
+    """Every candidate: the chosen one, the possible ones from exact to cautioned and by their work, the ones ruled out.
+    """
+    theta = known.wanted is None or "theta" in known.wanted
+    room = None if known.limit is None else known.limit // _itemsize(run, x)
+    work = work._replace(m=known.columns, P=known.params * theta, room=room)
     rows = [_candidate(run, x, known, taken, work, rule)]
-    for kind in candidates():
+    for kind in algorithms().values():
         algorithm = kind()
         if spelled(replace(algorithm, vjp=None)) != spelled(replace(taken, vjp=None, **_no_jvp(taken))):
             rows.append(_candidate(run, x, known, algorithm, work, None))
     order = {"chosen": 0, "possible": 1, "ruled out": 2}
     calm = (None, "discretised")
-    return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in calm, r.rule is not None)))
-
-
-def candidates() -> tuple[type, ...]:
-    """Every algorithm there is, those of plugins too."""
-    return (*ALGORITHMS, *registry().algorithms.values())
+    return tuple(sorted(rows, key=lambda r: (order[r.verdict], r.rule not in calm, r.rule is not None,
+                                             math.inf if r.estimate is None else r.estimate.evaluations(known))))
 
 
 def _no_jvp(algorithm: Any) -> dict[str, None]:
@@ -215,7 +199,7 @@ def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, ru
         return Candidate(algorithm, "ruled out", str(e))
     if not algorithm.boundary and run.be.opaque and (lost := checked_once(run, x)):
         return Candidate(algorithm, "ruled out", lost, "untraced")
-    cost = estimate(algorithm, work, _itemsize(run, x), known.limit)
+    cost = estimate(algorithm, work, _itemsize(run, x))
     if rule is not None:
         return Candidate(algorithm, "chosen", rule.because, rule.id, cost)
     said = remark(known, ready)

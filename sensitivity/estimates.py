@@ -1,9 +1,10 @@
 """What a gradient costs, before it is made: counts of work, from the steps of one forward solve.
 
-With N accepted of A attempted steps of s stages, n unknowns, m columns (see `Facts.columns`) and P parameters: each
-entry of `WORK` is (evaluations of f beyond the forward solve's, JVPs, VJPs, numbers kept). Counts for exact algorithms
-are those of the theory; a continuous adjoint chooses its steps, and is taken to need as many as the forward solve.
-Source of the counts: Hairer, Norsett, Wanner I, II.6; Griewank, Walther (2008); the papers of each algorithm.
+`SensitivityAlgorithm.work` says it for each algorithm, with N accepted of A attempted steps of s stages, n unknowns, m
+columns (see `Facts.columns`) and P parameters. Counts for exact algorithms are those of the theory; a continuous
+adjoint chooses its steps, and is taken to need as many as the forward solve, and one between any two save times, where
+its costate jumps. Source of the counts: Hairer, Norsett, Wanner I, II.6; Griewank, Walther (2008); the papers of each
+algorithm.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
-    """The forward solve: evaluations of `f`, accepted and attempted steps, stages; `stored` numbers in all steps.
+    """The forward solve: evaluations of `f`, accepted and attempted steps, stages, unknowns, columns, parameters.
 
-    `extra` evaluations of `f` stand beside a product whose value is needed too.
+    `extra` evaluations of `f` stand beside a product whose value is needed too; `saves` rows of output; `room` is how
+    many numbers may be kept, or None.
     """
 
     nfe: int
@@ -26,10 +28,38 @@ class Work(NamedTuple):
     P: int
     implicit: bool = False
     extra: int = 0
+    saves: int = 1
+    room: int | None = None
 
     @property
     def stored(self) -> int:
+        """Numbers in all steps with their stages."""
         return self.N * (self.s + 1) * self.n
+
+    @property
+    def matrix(self) -> int:
+        """Numbers in the matrix of an implicit step."""
+        return self.n * self.n if self.implicit else 0
+
+    @property
+    def back(self) -> int:
+        """Steps of an adjoint that starts again at each save time."""
+        return max(self.A, self.saves)
+
+
+class Effort(NamedTuple):
+    """Evaluations of `f` beyond the forward solve's and outside products, JVPs, VJPs, numbers kept."""
+
+    nfe: int
+    njvp: int
+    nvjp: int
+    kept: int
+
+    def within(self, w: Work) -> Effort:
+        """With a budget: no more than there is room for, and the forward solve once more where that is less."""
+        if w.room is None or self.kept + w.matrix <= w.room:
+            return self
+        return self._replace(nfe=self.nfe + w.nfe, kept=max(0, w.room - w.matrix))
 
 
 class Estimate(NamedTuple):
@@ -40,31 +70,16 @@ class Estimate(NamedTuple):
     nvjp: int
     memory: int
 
-
-WORK: dict[str, Any] = {
-    "RecursiveCheckpointAdjoint": lambda w: (0, 0, w.N * w.s, w.stored),
-    "ReversibleAdjoint": lambda w: (w.A * w.s + 2 * w.extra * w.N * w.s, 0, 2 * w.N * w.s, 4 * w.n + 2 * w.N),
-    "GaussAdjoint": lambda w: (0, 0, w.A * w.s + 3 * w.N, w.stored),
-    "QuadratureAdjoint": lambda w: (0, 0, w.A * w.s + 7 * w.N, 2 * w.stored),
-    "InterpolatingAdjoint": lambda w: (0, 0, w.A * w.s, w.stored + (w.n + w.P) * (w.s + 3)),
-    "BacksolveAdjoint": lambda w: (w.A * w.s, 0, w.A * w.s, (2 * w.n + w.P) * (w.s + 3)),
-    "ForwardSensitivity": lambda w: (0, w.A * w.s * w.m, 0, w.n * (w.m + 1) * (w.s + 3)),
-    "ForwardADSensitivity": lambda w: (0, w.N * w.s * w.m, 0, w.stored + w.n * w.m * (w.s + 2)),
-    "ForwardOverAdjoint": lambda w: (0, 0, w.N * w.s, w.stored),
-    "DirectAdjoint": lambda w: (0, 0, w.A * w.s, 2 * w.A * (w.s + 1) * w.n),
-    "ReversibleHeunAdjoint": lambda w: (2 * w.N, 0, 2 * w.N, 6 * w.n),
-    "ImplicitAdjoint": lambda w: (0, 0, 3, w.n * w.n),
-}
+    def evaluations(self, known: Any) -> float:
+        """All work in evaluations of `f`, to rank by: a product by AD costs at most 2.5 of them forwards and 4
+        backwards (Griewank, Walther 2008, section 4.6), by differences or columns 2 for each direction."""
+        backward = 4.0 if known.transposes else 2.0 * (known.n + known.params)
+        return self.nfe + (2.5 if known.transposes else 2.0) * self.njvp + backward * self.nvjp
 
 
-def estimate(algorithm: Any, work: Work, itemsize: int, limit: int | None = None) -> Estimate | None:
-    """The estimate for an algorithm of this table, or None; `limit` is the most that it may keep, in bytes."""
-    known = WORK.get(algorithm.name)
-    if known is None:
+def estimate(algorithm: Any, work: Work, itemsize: int) -> Estimate | None:
+    """What an algorithm says of its work, or None where it says nothing."""
+    effort = algorithm.work(work)
+    if effort is None:
         return None
-    nfe, njvp, nvjp, kept = known(work)
-    kept = (kept + (work.n * work.n if work.implicit else 0)) * itemsize
-    budget = getattr(algorithm, "memory", None) or getattr(algorithm, "checkpoints", None)
-    if limit is not None and budget is not None:
-        nfe, kept = nfe + (work.nfe if kept > limit else 0), min(kept, limit)
-    return Estimate(work.nfe + nfe, njvp, nvjp, kept)
+    return Estimate(work.nfe + effort.nfe, effort.njvp, effort.nvjp, (effort.kept + work.matrix) * itemsize)

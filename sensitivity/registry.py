@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -125,6 +126,18 @@ class Registry:
                                        "one solve runs in one framework, so that one AD sees all of it",
                                        "convert everything to one framework, e.g. jnp.asarray(x) or torch.as_tensor(x)")
         return self.backend(next(iter(others), "numpy"))
+
+
+def algorithms() -> dict[str, Any]:
+    """Every sensitivity algorithm that can be made without arguments: the library's own and those of plugins."""
+    import sensitivity
+
+    from .algorithms.base import SensitivityAlgorithm
+
+    own = {name: kind for name, kind in vars(sensitivity).items()
+           if isinstance(kind, type) and issubclass(kind, SensitivityAlgorithm) and kind is not SensitivityAlgorithm}
+    return {name: kind for name, kind in sorted((own | registry().algorithms).items())
+            if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(kind) if f.init)}
 
 
 @cache

@@ -176,7 +176,7 @@ REMARKS: tuple[Remark, ...] = (
                      "right up to the error of the steps", "Kidger (2021), section 5.1"),
     Remark("many-columns", lambda f, a: a.per_input and f.columns > FEW,
            lambda f: f"{f.columns} columns: its work grows with the number of inputs", "Ma et al. (2021)"),
-    Remark("second-order", lambda f, a: a.name == "ForwardOverAdjoint",
+    Remark("second-order", lambda f, a: a.order > 1,
            lambda f: "for second derivatives; a gradient is that of its inner adjoint", "Ozyurt, Barton (2005)"),
     Remark("tape", lambda f, a: not a.boundary,
            lambda f: "exact, but the tape holds every stage of each attempted step",

@@ -546,3 +546,57 @@ def test_memory_at_its_peak(lab):
     assert peaks[3] < 0.5 * steps
     assert said == {{"numpy": "tracemalloc", "torch": "the storages of all tensors",
                      "jax": "the compiler, for the forward or the reverse pass"}[lab.name]}
+
+
+def test_an_algorithm_of_a_plugin_is_advised_on_like_our_own():
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from sensitivity.estimates import Effort
+    from sensitivity.plugins import hookimpl
+    from sensitivity.registry import registry
+
+    @dataclass(frozen=True)
+    class Thrice(sa.RecursiveCheckpointAdjoint):
+        """The discrete adjoint, its products made three times."""
+
+        per_input: ClassVar[bool] = True
+
+        def work(self, w):
+            return Effort(7, 0, 3 * w.N * w.s, 2 * w.n)
+
+    class Plugin:
+        @hookimpl
+        def sensitivity_algorithms(self):
+            return {"Thrice": Thrice}
+
+    registry().register(Plugin(), name="thrice")
+    try:
+        advice = sa.advise(LV, sa.Tsit5())
+        (row,) = [c for c in advice.table if c.sensealg.name == "Thrice"]
+        (plain,) = [c for c in advice.table if c.sensealg.name == "RecursiveCheckpointAdjoint"]
+        assert row.verdict == "possible"
+        assert row.estimate == (plain.estimate.nfe + 7, 0, 3 * plain.estimate.nvjp, 2 * 2 * 8)
+        many = sa.advise(RING.remake(p=np.ones(200)), sa.Tsit5())
+        assert {c.rule for c in many.table if c.sensealg.name == "Thrice"} == {"many-columns"}
+        small = sa.advise(LV, sa.Tsit5(), memory=2000)
+        assert {c.verdict for c in small.table if c.sensealg.name == "Thrice"} == {"possible"}
+        assert {c.rule for c in small.table if c.sensealg.name == "GaussAdjoint"} == {"memory"}
+    finally:
+        registry().manager.unregister(name="thrice")
+        registry().refresh()
+    assert "Thrice" not in {c.sensealg.name for c in sa.advise(LV, sa.Tsit5()).table}
+
+
+def test_candidates_are_ranked_by_their_work():
+    """Among those that nothing speaks against, and among those that are right up to the tolerance."""
+    advice = sa.advise(LV, sa.Tsit5(), saveat=200)
+    for rule in (None, "discretised"):
+        rows = [c for c in advice.table if c.verdict == "possible" and c.rule == rule]
+        work = [c.estimate.evaluations(advice.facts) for c in rows]
+        assert len(work) > 1
+        assert work == sorted(work)
+    (few,) = [c for c in sa.advise(LV, sa.Tsit5()).table if c.sensealg.name == "InterpolatingAdjoint"]
+    (many,) = [c for c in advice.table if c.sensealg.name == "InterpolatingAdjoint"]
+    # One step of six stages at least between any two of the 200 save times.
+    assert few.estimate.nvjp < many.estimate.nvjp == 6 * 200

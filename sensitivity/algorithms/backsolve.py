@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from ..errors import InputError, UnstableSensealgError, UnstableSensealgWarning, UnsupportedCombination
+from ..estimates import Effort, Work
 from ..implicit import relative
 from ..integrate import algebra
 from ..jacobian import Jacobian
@@ -76,6 +77,9 @@ class BacksolveAdjoint(ContinuousAdjoint):
         if not isinstance(self.seminorm, bool):
             raise InputError(f"seminorm={self.seminorm!r} is neither True nor False",
                              "it says whether the parameters count in the error norm", "seminorm=True")
+
+    def work(self, w: Work) -> Effort:
+        return Effort(w.back * w.s, 0, w.back * w.s, (2 * w.n + w.P) * (w.s + 3) + w.saves * w.n)
 
     def refuse(self, run: Any) -> None:
         if run.mass is not None:

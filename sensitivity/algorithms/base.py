@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Scalar
 from ..errors import SolveError, UnsupportedCombination
+from ..estimates import Effort, Work
 from ..events import EventFunctions
 from ..integrate import Run, Span, State, algebra, evaluations, integrate, span
 from ..jacobian import of_field
@@ -101,6 +102,10 @@ class SensitivityAlgorithm:
     undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
     retraces : whether states are found again by going backwards, so that what contracts forwards grows.
     per_input : whether the work grows with the number of inputs.
+    events, algebraic : whether it goes with events, and with a singular mass matrix.
+    modes : "reverse" and "forward", those that it has.
+    order : of the derivatives that it is for.
+    references : keys of `citation`.
     """
 
     vjp: Any = None
@@ -111,6 +116,7 @@ class SensitivityAlgorithm:
     undoes: ClassVar[bool] = False
     retraces: ClassVar[bool] = False
     per_input: ClassVar[bool] = False
+    order: ClassVar[int] = 1
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False
@@ -132,6 +138,9 @@ class SensitivityAlgorithm:
 
     def refuse(self, run: Run) -> None:
         """Raise `UnsupportedCombination` if this run is beyond the algorithm."""
+
+    def work(self, w: Work) -> Effort | None:
+        """What one gradient takes beside the forward solve `w`; None where that is not known beforehand."""
 
     def plain(self, run: Run, x: Inputs) -> tuple[Outputs, Aux]:
         """Solve without keeping anything for derivatives."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ..estimates import Effort, Work
 from ..integrate import Run
 from ..system import Inputs
 from . import base
@@ -20,6 +21,9 @@ class DirectAdjoint(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     boundary: ClassVar[bool] = False
+
+    def work(self, w: Work) -> Effort:
+        return Effort(0, 0, w.A * w.s, 2 * w.A * (w.s + 1) * w.n)
 
     def refuse(self, run: Run) -> None:
         if not {"reverse", "forward"} & run.be.modes:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from ..backend import Record
 from ..errors import InputError
+from ..estimates import Effort, Work
 from ..integrate import Run, span
 from ..retcode import RetCode
 from ..stepper import Adjoint
@@ -95,6 +96,10 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     @property
     def interpolates(self) -> bool:
         return not self.budgeted
+
+    def work(self, w: Work) -> Effort:
+        effort = Effort(0, 0, w.N * w.s, w.stored)
+        return effort.within(w) if self.budgeted else effort
 
     def refuse(self, run: Run) -> None:
         if self.budgeted and run.kind is not None and run.kind.name != "sde":

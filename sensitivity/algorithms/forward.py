@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
 from ..errors import InputError
+from ..estimates import Effort, Work
 from ..implicit import relative
 from ..integrate import Run, algebra, evaluations, integrate, span
 from ..jacobian import Jacobian
@@ -70,6 +71,9 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
         if self.errors not in ("all", "state"):
             raise InputError(f"errors={self.errors!r} is none of the possible values", "they are 'all' and 'state'",
                              "errors='all'")
+
+    def work(self, w: Work) -> Effort:
+        return Effort(0, w.A * w.s * w.m, 0, w.n * (w.m + 1) * (w.s + 3))
 
     def refuse(self, run: Run) -> None:
         if (run.dense and run.method.one_step) or run.saves == "steps":

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..estimates import Effort, Work
 from ..integrate import Run
 from ..system import Inputs
 from . import base
@@ -39,6 +40,9 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
+
+    def work(self, w: Work) -> Effort:
+        return Effort(0, w.N * w.s * w.m, 0, w.stored + w.n * w.m * (w.s + 2))
 
     def refuse(self, run: Run) -> None:
         if run.dense:

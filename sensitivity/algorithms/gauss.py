@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Record, Scalar
+from ..estimates import Effort, Work
 from .continuous import ContinuousAdjoint
 from .costate import Costate
 from .points import checked_points
@@ -54,6 +55,10 @@ class GaussAdjoint(ContinuousAdjoint):
         super().__post_init__()
         points = checked_points(self.name, self.checkpointing, self.checkpoints, ("auto", True, False))
         object.__setattr__(self, "checkpoints", points)
+
+    def work(self, w: Work) -> Effort:
+        effort = Effort(0, 0, w.back * w.s + 3 * w.N, w.stored)
+        return effort if self.checkpoints is None else effort.within(w)
 
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
         known, leg = path(way, leg, t, u)

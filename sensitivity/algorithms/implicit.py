@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
 from ..errors import SolveError, UnsupportedCombination
+from ..estimates import Effort, Work
 from ..integrate import Run
 from ..linear import refuse, suggested, systems
 from ..linearsolver import DENSE_LIMIT, check_choice
@@ -74,6 +75,9 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
 
     def __post_init__(self) -> None:
         check_choice(self.name, self.linear_solver)
+
+    def work(self, w: Work) -> Effort:
+        return Effort(0, 0, 3, w.n * w.n)
 
     def refuse(self, run: Run) -> None:
         if not isinstance(run.method, SteadyStateMethod):

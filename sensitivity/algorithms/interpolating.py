@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
+from ..estimates import Effort, Work
 from .continuous import ContinuousAdjoint
 from .costate import Costate
 from .points import checked_points
@@ -53,6 +54,10 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         super().__post_init__()
         points = checked_points(self.name, self.checkpointing, self.checkpoints, ("auto", True, False))
         object.__setattr__(self, "checkpoints", points)
+
+    def work(self, w: Work) -> Effort:
+        effort = Effort(0, 0, w.back * w.s, w.stored + (w.n + w.P) * (w.s + 3))
+        return effort if self.checkpoints is None else effort.within(w)
 
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
         n = leg.lam.shape[0]

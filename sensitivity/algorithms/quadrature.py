@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Scalar
 from ..errors import InputError
+from ..estimates import Effort, Work
 from ..retcode import RetCode
 from .continuous import ContinuousAdjoint
 from .costate import Costate
@@ -72,6 +73,9 @@ class QuadratureAdjoint(ContinuousAdjoint):
             if value is not None and not (isinstance(value, int | float) and value > 0.0 and math.isfinite(value)):
                 raise InputError(f"{name}={value!r} is not a positive number", "it is the tolerance of the quadrature",
                                  f"{name}=1e-8")
+
+    def work(self, w: Work) -> Effort:
+        return Effort(0, 0, w.back * w.s + 7 * w.N, 2 * w.stored)
 
     def cross(self, way: Way, leg: Leg, t: Scalar, u: Array) -> Leg:
         be = way.be

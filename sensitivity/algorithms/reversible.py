@@ -28,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..backend import Array, Mark, Record, Scalar
 from ..choose import auto
 from ..errors import InputError, ReconstructionWarning, UnstableSensealgError
+from ..estimates import Effort, Work
 from ..integrate import Run, Span, State, evaluations, initial_step, integrate, span
 from ..methods import RungeKutta
 from ..retcode import RetCode
@@ -105,6 +106,10 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
         if k is not None and not (isinstance(k, Integral) and not isinstance(k, bool) and k >= 1):
             raise InputError(f"checkpoint_every={k!r} is not a positive integer",
                              "it counts steps between stored states", "checkpoint_every=100, or None")
+
+    def work(self, w: Work) -> Effort:
+        again = 2 * w.extra * w.N * w.s
+        return Effort(w.A * w.s + again, 0, 2 * w.N * w.s, 4 * w.n + 2 * w.N)
 
     def refuse(self, run: Run) -> None:
         if run.kind is not None:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array
 from ..errors import ReconstructionWarning, UnstableSensealgError, UnsupportedCombination
+from ..estimates import Effort, Work
 from ..integrate import Run, span
 from ..retcode import RetCode
 from ..stochasticmethods import ReversibleHeun
@@ -74,6 +75,9 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
     kinds: ClassVar[frozenset[str]] = frozenset({"sde"})
     retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("kidger2021sde",)
+
+    def work(self, w: Work) -> Effort:
+        return Effort(2 * w.N, 0, 2 * w.N, 6 * w.n)
 
     def refuse(self, run: Run) -> None:
         if not isinstance(run.method, ReversibleHeun):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..backend import Array
 from ..errors import InputError
+from ..estimates import Effort, Work
 from ..integrate import Run
 from ..system import Inputs
 from . import base
@@ -39,6 +40,7 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     second_order: ClassVar[bool] = True
+    order: ClassVar[int] = 2
     references: ClassVar[tuple[str, ...]] = ("ozyurt2005",)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,9 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     @property
     def algebraic(self) -> bool:  # type: ignore[override]
         return bool(self.adjoint.algebraic)
+
+    def work(self, w: Work) -> Effort | None:
+        return self.adjoint.work(w)
 
     def refuse(self, run: Run) -> None:
         if not self.adjoint.second_order:

@@ -9,8 +9,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from .. import vjp as products
-from ..algorithms.base import SensitivityAlgorithm
-from ..registry import registry
+from ..registry import algorithms
 from . import arrays, derivatives, lookback, loops, solves
 from .harness import Harness, require
 
@@ -34,15 +33,6 @@ class Check:
 @cache
 def harness(name: str) -> Harness:
     return Harness(name)
-
-
-def algorithms() -> dict[str, type[SensitivityAlgorithm]]:
-    """Every sensitivity algorithm that can be made without arguments: the library's own and those of plugins."""
-    import sensitivity
-
-    own = {name: kind for name, kind in vars(sensitivity).items()
-           if inspect.isclass(kind) and issubclass(kind, SensitivityAlgorithm) and kind is not SensitivityAlgorithm}
-    return dict(sorted((own | registry().algorithms).items()))
 
 
 VJPS = (products.ReverseVJP, products.ForwardVJP, products.FiniteDifferenceVJP, products.ComplexStepVJP,

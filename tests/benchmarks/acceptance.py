@@ -1,6 +1,6 @@
 """Is the automatic choice right, and is it fast? On every problem of `acceptance_problems.py`, in one framework.
 
-    python tests/benchmarks/acceptance.py numpy|jax|torch [--problem NAME ...] [--json FILE] [--rounds N]
+    python tests/benchmarks/acceptance.py numpy|jax|torch [--problem NAME ...] [--json FILE] [--minutes M]
     python tests/benchmarks/acceptance.py --references
 
 For each problem: the gradient of the automatic choice (of the method too, where the problem names none) against the
@@ -8,17 +8,22 @@ known one, then the time of every algorithm that gives the right gradient with t
 the automatic choice over that of the fastest right one. The last lines count: right on all, and within 1.5 of the
 fastest on how many.
 
-Times are medians of process time (of all threads, so keep to one: OMP_NUM_THREADS=1), taken in turn; on JAX those of
-a compiled `jax.grad` where the loss is a function of the solution and u0 and p are asked for, else of `sa.gradient`.
-What takes more than five times the automatic choice is measured
-once, what takes longer than twenty times that and ten seconds is given up. `--references` remakes the gradients of
-`fixtures/acceptance.json`.
+Times are of processor time (of all threads, so keep to one: OMP_NUM_THREADS=1); on JAX those of a compiled `jax.grad`
+where the loss is a function of the solution and u0 and p are asked for, else of `sa.gradient`. What compiles does so
+beforehand. An algorithm whose first gradient costs more than 2.5 times the automatic choice is stopped there; what may
+be faster is measured in turn with the automatic choice, and medians are compared. The run keeps to `--minutes` (of
+processor time too, which is what a clock says on an idle machine): each problem has an equal part of what is left, and
+an algorithm that is not reached within it is named. On JAX compiling takes most of the time; the algorithms that
+promise most come first, and a second run with JAX_COMPILATION_CACHE_DIR set reaches more of them. Problems of one kind
+do not follow each other, so that a run that is stopped is about all kinds; `--json` is written after each problem.
+`--references` remakes the gradients of `fixtures/acceptance.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import statistics
 import sys
@@ -35,32 +40,46 @@ from acceptance_problems import CASES, KEPT, STORED, error, gradient, numbers, r
 from conftest import Lab  # noqa: E402
 
 import sensitivity as sa  # noqa: E402
-from sensitivity import recommend  # noqa: E402
-from sensitivity.advise import candidates  # noqa: E402
+from sensitivity import recommend, tree  # noqa: E402
+from sensitivity.choose import choose  # noqa: E402
 from sensitivity.costs import Cost  # noqa: E402
+from sensitivity.registry import algorithms  # noqa: E402
+from sensitivity.solve import prepare_options  # noqa: E402
 
 TOLERANCE = 1e-4
 WITHIN = 1.5
-SLOW = 5.0
-PATIENCE = 10.0
+SLOW = 2.5
+ONCE = 0.2  # seconds that a first gradient may take more than later ones
+ROUNDS, AT_LEAST = 15, 3
+MINUTES = 7.0
+APART = 6  # how far apart problems of the same kind stand in the run
+# What promises most comes first; tangents last where columns are many.
+ORDER = ("ForwardSensitivity", "ForwardADSensitivity", "InterpolatingAdjoint", "DirectAdjoint", "GaussAdjoint",
+         "ReversibleAdjoint", "ReversibleHeunAdjoint", "BacksolveAdjoint", "QuadratureAdjoint")
+COLUMNS = 100
 
 
 def compiled(lab, task, sensealg, alg):
-    """A call that makes the gradient; on JAX compiled as a whole where that is what a user would do."""
+    """`run()`, compiled as a whole where that is what a user of JAX would do, and the algorithm that it takes."""
     import jax
 
-    names = ("u0", "p") if task.wrt is None else (task.wrt,) if isinstance(task.wrt, str) else task.wrt
-    if lab.name != "jax" or isinstance(task.loss, Cost) or set(names) - {"u0", "p"}:
+    names = wanted(task)
+    if isinstance(task.loss, Cost) or set(names) - {"u0", "p"} or not hasattr(task.prob, "tspan"):
         return None
-    if not hasattr(task.prob, "tspan"):
-        return None
+    taken = []
 
     def loss(given):
-        return task.loss(sa.solve(task.prob.remake(**given), alg, sensealg=sensealg, **task.options))
+        sol = sa.solve(task.prob.remake(**given), alg, sensealg=sensealg, **task.options)
+        taken.append(sol.sensealg)
+        return task.loss(sol)
 
-    made = jax.jit(jax.grad(loss))
     given = {name: getattr(task.prob, name) for name in names}
-    return lambda: jax.block_until_ready(made(given))
+    made = jax.jit(jax.grad(loss)).lower(given).compile()
+    return (lambda: jax.block_until_ready(made(given))), taken[0]
+
+
+def wanted(task):
+    return ("u0", "p") if task.wrt is None else (task.wrt,) if isinstance(task.wrt, str) else task.wrt
 
 
 class Parts:
@@ -71,12 +90,18 @@ class Parts:
 
 
 def call(lab, task, sensealg, alg):
-    """`run() -> numbers`, and the result of a first call."""
-    whole = compiled(lab, task, sensealg, alg) if lab.name == "jax" else None
-    if whole is not None:
-        return whole, lambda: numbers(lab, task, Parts(whole()))
+    """`run()`, compiled; `values()` of what it returns; the algorithm, where that is known."""
+    if lab.name == "jax":
+        whole = compiled(lab, task, sensealg, alg)
+        if whole is not None:
+            return whole[0], (lambda made: numbers(lab, task, Parts(made))), whole[1]
     plain = task._replace(alg=alg)
-    return (lambda: gradient(lab, plain, sensealg)), (lambda: numbers(lab, plain, gradient(lab, plain, sensealg)))
+
+    def run():
+        return gradient(lab, plain, sensealg)
+
+    taken = run().sensealg if lab.name == "jax" else None
+    return run, (lambda made: numbers(lab, plain, made)), taken
 
 
 def seconds(run):
@@ -85,62 +110,85 @@ def seconds(run):
     return time.process_time() - start
 
 
-@contextmanager
-def at_most(limit):
-    """Raise `TimeoutError` after so many seconds: backwards through a contraction a solve may take forever."""
-    def stop(*_):
-        raise TimeoutError(f"not ready after {limit:.0f} s")
+class Stopped(BaseException):
+    """Time is over. No `Exception`, so that nothing on the way takes it for an error of its own."""
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+
+@contextmanager
+def at_most(limit, why, timer=signal.ITIMER_VIRTUAL, sign=signal.SIGVTALRM):
+    """Raise `Stopped(why)` after so many seconds of processor time: backwards through a contraction a solve may take
+    forever."""
+    def stop(*_):
+        raise Stopped(why)
+
+    before = signal.signal(sign, stop)
+    signal.setitimer(timer, max(limit, 1e-3), 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(timer, 0.0)
+        signal.signal(sign, before)
 
 
-def measured(lab, name, rounds):
-    """One line of the report."""
+def promising(task):
+    """All algorithms, those that promise most first."""
+    parts = [getattr(task.prob, name) for name in set(wanted(task)) & {"u0", "p"}]
+    columns = sum(math.prod(np.shape(v)) for part in parts for v in tree.flatten(part)[0])
+    order = [*ORDER[2:], *ORDER[:2]] if columns > COLUMNS else list(ORDER)
+    found = [kind() for kind in algorithms().values()]
+    return sorted(found, key=lambda a: order.index(a.name) if a.name in order else len(order))
+
+
+def tried(lab, name, task, algorithm, alg, usual, deadline):
+    """The first gradient by an algorithm, and the call that makes it; refusals take no time."""
+    choose(*prepare_options(task.prob, alg, task.options, ()), algorithm, verify=False)
+    with at_most(deadline - time.process_time(), "out of time"):
+        run, values, _ = call(lab, task, algorithm, alg)
+        start = time.process_time()
+        with at_most(ONCE + SLOW * usual, f"slower than {SLOW:g}x, stopped", signal.ITIMER_PROF, signal.SIGPROF):
+            made = run()
+        first = time.process_time() - start
+        return {"error": error(name, task, values(made)), "seconds": first}, run
+
+
+def measured(lab, name, limit):
+    """One line of the report; algorithms that are not reached within `limit` seconds are named."""
+    deadline = time.process_time() + limit
     task = CASES[name](lab)
-    r = gradient(lab, task, sa.auto)
-    wrong = error(name, task, numbers(lab, task, r))
-    alg, chosen = r.solution.alg, r.sensealg
-    found = {"problem": name, "alg": alg.name, "because": list(alg.because), "auto": chosen.name, "error": wrong,
-             "right": bool(wrong <= TOLERANCE), "others": {}, "refused": {}}
-    runs = {"auto": call(lab, task, sa.auto, alg)[0]}
-    runs["auto"]()
-    usual = seconds(runs["auto"])
-    for kind in candidates():
-        algorithm = kind()
-        if algorithm.name == chosen.name:
+    alg = recommend.method_of(task.prob, task.alg, task.options)
+    auto, values, chosen = call(lab, task, sa.auto, alg)
+    made = auto()
+    chosen = made.sensealg if chosen is None else chosen
+    wrong = error(name, task, values(made))
+    found = {"problem": name, "alg": "-" if alg is None else alg.name, "auto": chosen.name,
+             "because": [*getattr(alg, "because", ()), *chosen.because], "error": wrong,
+             "right": bool(wrong <= TOLERANCE), "others": {}, "stopped": {}, "refused": {}}
+    usual, contenders = seconds(auto), {}
+    for algorithm in promising(task):
+        if algorithm.name in (chosen.name, "ForwardOverAdjoint"):  # of which a gradient is that of its inner adjoint
             continue
         try:
-            run, values = call(lab, task, algorithm, alg)
-            with at_most(PATIENCE + 20.0 * usual):
-                off = error(name, task, values())
-        except (sa.SensitivityError, TimeoutError) as e:
+            result, run = tried(lab, name, task, algorithm, alg, usual, deadline)
+            if result["seconds"] < SLOW * usual:
+                result["seconds"] = seconds(run)
+                if result["error"] <= TOLERANCE and result["seconds"] < WITHIN * usual:
+                    contenders[algorithm.name] = run
+            found["others"][algorithm.name] = result
+        except sa.SensitivityError as e:
             found["refused"][algorithm.name] = str(e.args[0])
-            continue
-        first = seconds(run)
-        found["others"][algorithm.name] = {"error": off, "seconds": first}
-        if off <= TOLERANCE and first < SLOW * usual:
-            runs[algorithm.name] = run
-    times = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key, run in runs.items():
+        except Stopped as e:
+            found["stopped"][algorithm.name] = str(e.args[0])
+    times = {"auto": [usual], **{key: [found["others"][key]["seconds"]] for key in contenders}}
+    for i in range(ROUNDS):
+        if i >= AT_LEAST and time.process_time() > deadline:
+            break
+        for key, run in {"auto": auto, **contenders}.items() if contenders else ():
             times[key].append(seconds(run))
     medians = {key: statistics.median(t) for key, t in times.items()}
-    for key, value in medians.items():
-        if key != "auto":
-            found["others"][key]["seconds"] = value
-    right = {k: v["seconds"] for k, v in found["others"].items() if v["error"] <= TOLERANCE}
-    fastest = min(right, key=right.get, default=None)
-    if fastest is None or right[fastest] >= medians["auto"]:
-        fastest = "auto"
-    found |= {"seconds": medians["auto"], "fastest": fastest,
-              "ratio": medians["auto"] / min([medians["auto"], *right.values()])}
-    return found
+    for key in contenders:
+        found["others"][key]["seconds"] = medians[key]
+    fastest = min(medians, key=medians.get)
+    return found | {"seconds": medians["auto"], "fastest": fastest, "ratio": medians["auto"] / medians[fastest]}
 
 
 def references(names):
@@ -187,24 +235,53 @@ def differences(lab, task):
     return found
 
 
-def report(rows):
-    lines = [f"{'problem':<24}{'method':<16}{'auto':<30}{'error':>8}{'ms':>10}{'ratio':>7}  fastest"]
-    for r in rows:
-        lines.append(f"{r['problem']:<24}{r['alg']:<16}{r['auto']:<30}{r['error']:>8.0e}{1e3 * r['seconds']:>10.2f}"
-                     f"{r['ratio']:>7.2f}  {r['fastest']}{'' if r['right'] else '   WRONG'}")
-    near = sum(r["ratio"] <= WITHIN for r in rows)
-    lines.append(f"right: {sum(r['right'] for r in rows)} of {len(rows)}")
-    lines.append(f"within {WITHIN} of the fastest right one: {near} of {len(rows)} ({100 * near / len(rows):.0f} %)")
-    return "\n".join(lines)
+def line(r):
+    """One problem, and below it what was stopped."""
+    text = (f"{r['problem']:<24}{r['alg']:<16}{r['auto']:<30}{r['error']:>8.0e}{1e3 * r['seconds']:>10.2f}"
+            f"{r['ratio']:>7.2f}  {r['fastest']}{'' if r['right'] else '   WRONG'}")
+    for why in sorted(set(r["stopped"].values())):
+        text += f"\n    {why}: {', '.join(k for k, v in r['stopped'].items() if v == why)}"
+    off = [k for k, v in r["others"].items() if not v["error"] <= TOLERANCE]
+    return text + (f"\n    wrong: {', '.join(off)}" if off else "")
+
+
+def summary(rows, asked):
+    far = [f"{r['problem']} {r['ratio']:.2f} ({r['fastest']})" for r in rows if r["ratio"] > WITHIN]
+    wrong = [r["problem"] for r in rows if not r["right"]]
+    missed = sum(why == "out of time" for r in rows for why in r["stopped"].values())
+    timed = sum(len(r["others"]) + 1 for r in rows)
+    near = len(rows) - len(far)
+    return "\n".join([
+        f"problems: {len(rows)} of {asked}; gradients compared: {timed}; algorithms not reached in time: {missed}",
+        f"right: {len(rows) - len(wrong)} of {len(rows)}" + (f"; WRONG: {', '.join(wrong)}" if wrong else ""),
+        f"within {WITHIN} of the fastest right one: {near} of {len(rows)} ({100 * near / max(1, len(rows)):.0f} %)"
+        + (f"; beyond: {', '.join(far)}" if far else "")])
+
+
+def run(lab, names, minutes, path):
+    """All problems within so many minutes of processor time; a run that is interrupted has its summary too."""
+    end, rows = time.process_time() + 60.0 * minutes, []
+    print(f"{'problem':<24}{'method':<16}{'auto':<30}{'error':>8}{'ms':>10}{'ratio':>7}  fastest", flush=True)
+    try:
+        for i, name in enumerate(names):
+            rows.append(measured(lab, name, (end - time.process_time()) / (len(names) - i)))
+            print(line(rows[-1]), flush=True)
+            if path:
+                Path(path).write_text(json.dumps(rows, indent=1))
+    except KeyboardInterrupt:
+        print("interrupted")
+    print(summary(rows, len(names)), flush=True)
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backend", nargs="?", choices=("numpy", "jax", "torch"))
     parser.add_argument("--references", action="store_true", help="remake the gradients of the fixture")
-    parser.add_argument("--problem", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    apart = [name for start in range(APART) for name in list(CASES)[start::APART]]
+    parser.add_argument("--problem", nargs="+", choices=apart, default=apart)
     parser.add_argument("--json", help="write all that was measured to this file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of processor time, for the whole run")
     options = parser.parse_args()
     warnings.simplefilter("ignore", sa.SensitivityWarning)
     if options.references:
@@ -212,14 +289,8 @@ def main():
         return 0
     if options.backend is None:
         parser.error("which framework: numpy, jax or torch?")
-    lab, rows = Lab(options.backend), []
-    for name in options.problem:
-        rows.append(measured(lab, name, options.rounds))
-        print(report(rows[-1:]).splitlines()[1], flush=True)
-    print(report(rows))
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1))
-    return 0 if all(r["right"] for r in rows) else 1
+    rows = run(Lab(options.backend), options.problem, options.minutes, options.json)
+    return 0 if len(rows) == len(options.problem) and all(r["right"] for r in rows) else 1
 
 
 if __name__ == "__main__":
