@@ -29,10 +29,20 @@ def laid_out(be: Any, u0: Any, dtype: Any, device: Any) -> tuple[Any, Layout, An
     if not leaves:
         raise InputError(f"u0={u0!r} holds no numbers", "there is nothing to solve for", "u0=np.array([1.0, 0.0])")
     kind = _state_dtype(be, leaves, dtype)
+    if device is not None:
+        _check_device(be, device)
     leaves = [_state(be, v, kind, device) for v in leaves]
     layout = Layout(structure, tuple(tuple(v.shape) for v in leaves))
     flat = layout.ravel(be, leaves)
     return be.bound(flat), layout, flat
+
+
+def _check_device(be: Any, device: Any) -> None:
+    try:
+        be.asarray(0.0, device=device)
+    except Exception as e:  # frameworks raise whatever they like for a device that is not there
+        raise InputError(f"device={device!r} cannot be used with {be.name} ({e})", "arrays are to be put there",
+                         f"a device that {be.name} knows, or no device= to stay where u0 is") from e
 
 
 def _state_dtype(be: Any, leaves: list[Any], dtype: Any) -> Any:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .backend import Array
+from .choose import choose
 from .errors import SensitivityError
 from .noise import Abreast, words
+from .prepare import prepare
+from .probe import through_ad
 from .problems import Problem
 from .solution import Solution, Stats
 from .stochastic import Members, SDEProblem
@@ -59,7 +62,7 @@ def can_go(be: Any, prob: Problem, varied: tuple[str, ...], args: tuple[Any, ...
     times = {"t0", "t1", "saveat"} & set((wrt,) if isinstance(wrt, str) else wrt or ())
     return (isinstance(prob, SDEProblem) and not be.traced and "tspan" not in varied and prob.noise != "general"
             and not getattr(options.get("controller"), "adaptive", False) and not times and all(map(callable, args[1:]))
-            and (be.batches or not (be.attaches or len(args) > 1)))
+            and not isinstance(options["sensealg"], type) and (be.batches or not (be.attaches or len(args) > 1)))
 
 
 def together(be: Any, task: Callable[..., Any], prob: SDEProblem, varied: dict[str, Any], args: tuple[Any, ...],
@@ -68,29 +71,26 @@ def together(be: Any, task: Callable[..., Any], prob: SDEProblem, varied: dict[s
     count = next(x.shape[0] for v in varied.values() for x in be.flatten(v)[0] if getattr(x, "shape", ()))
     first = prob.remake(**{k: _member(be, v, 0) for k, v in varied.items()})
     differentiated = len(args) > 1
-    sensealg = _algorithm(be, first, args[0], options, differentiated)
-    if sensealg is None:
-        return None
-    joined = _joined(be, prob, varied, count, differentiated)
-    options = {**options, "sensealg": sensealg, "probe": "off"}
     try:
+        sensealg = _algorithm(be, first, args[0], options, differentiated)
+        if sensealg is None:
+            return None
+        joined = _joined(be, prob, varied, count, differentiated)
+        options = {**options, "sensealg": sensealg, "probe": "off"}
         if differentiated:
             return _gradient(be, task, prob, joined, count, args, options)
         sol = task(joined, *args, **options)
-    except SensitivityError:
+    except (SensitivityError, TypeError):  # members alone say what is wrong, and with which of them
         return None
     return _apart(be, sol, count) if sol.success else None
 
 
 def _algorithm(be: Any, first: SDEProblem, alg: Any, options: dict[str, Any], differentiated: bool) -> Any:
     """What a member alone would be differentiated by, if that does not cost more the more members there are."""
-    from .choose import choose
-    from .probe import through_ad
-    from .solve import checked, prepare_options
-
+    sensealg = options["sensealg"]
     kept = {k: v for k, v in options.items() if k not in ("sensealg", "on_failure", "wrt", "dloss")}
-    run, x = prepare_options(first, alg, kept, through_ad(first, options["sensealg"]))
-    algorithm, _ = choose(run, x, checked(options["sensealg"]))
+    run, x = prepare(first, alg, **kept, wrt=through_ad(first, sensealg))
+    algorithm, _ = choose(run, x, sensealg)
     by_columns = algorithm.per_input or isinstance(algorithm.vjp, FiniteDifferenceVJP)
     unused = not (differentiated or run.be.attaches)
     return algorithm if algorithm.boundary and (unused or not by_columns) else None

@@ -38,6 +38,8 @@ class NumpyBackend(Backend):
         return x.dtype.kind == "c"
 
     def asarray(self, x, dtype=None, device=None):
+        if device is not None and device != "cpu":
+            raise ValueError("NumPy's arrays are on the processor, 'cpu'")
         return np.asarray(x, dtype=dtype)
 
     def device(self, x):
