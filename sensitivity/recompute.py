@@ -115,7 +115,7 @@ class Recall:
                 yield n, kept.newest
             else:
                 self.taken += 1
-                yield n, stepper.retake(t[n], h[n], u, k)
+                yield n, Record(t[n], h[n], u, stepper.retake(t[n], h[n], u, k)[1])
 
     def forwards(self, u: Array) -> Iterator[Record]:
         """All steps from the first, which starts from `u`, to the newest."""

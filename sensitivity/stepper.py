@@ -143,9 +143,9 @@ class Stepper:
         """The slope that a recorded step started from."""
         return record.k[0, :] if self.fsal else None
 
-    def retake(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> Record:
-        """A step taken once more, to be pulled back next."""
-        return Record(t, h, u, self.step(t, h, u, k)[1])
+    def retake(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
+        """`step`, once more, to be pulled back soon."""
+        return self.step(t, h, u, k)
 
     def error(self, t: Scalar, h: Scalar, u: Array, K: Array) -> Array:
         """The estimated error of a step; not finite where the step could not be computed."""

@@ -32,6 +32,11 @@ def branching(t, u, p):
     return net(t, u, p) * (1.0 if u.sum().item() > -1e9 else 2.0)
 
 
+def apart(t, u, p):
+    """Does not depend on the state."""
+    return torch.cos(t) * torch.tanh(p[0]).sum(1)
+
+
 def scalar(t, u, p):
     return p[0] * torch.tanh(torch.roll(u, 1)) - p[1] * u * t
 
@@ -60,11 +65,12 @@ def assert_same(new, old):
 @pytest.mark.parametrize("budget", [{}, {"checkpoints": 3}], ids=str)
 @pytest.mark.parametrize("saves", SAVES)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["few parameters", "many parameters", "not batched"])
+@pytest.mark.parametrize("kind", ["few parameters", "many parameters", "not batched", "independent of the state"])
 def test_equals_single_stages(monkeypatch, kind, method, saves, budget):
     """Few parameters: joint products; many: deferred to blocks; those fall back on single points where they must."""
     f, p = {"few parameters": (scalar, [torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.3).double()]),
-            "many parameters": (net, weights(60)), "not batched": (branching, weights(60))}[kind]
+            "many parameters": (net, weights(60)), "not batched": (branching, weights(60)),
+            "independent of the state": (apart, weights(60))}[kind]
     assert (sum(v.numel() for v in p) > _taped.DEFERRED * N) == (kind != "few parameters")
     assert_same(*gradients(monkeypatch, f, p, method, SAVES[saves], sa.RecursiveCheckpointAdjoint(**budget)))
 

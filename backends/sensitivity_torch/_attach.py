@@ -22,6 +22,7 @@ class Call:
     def __init__(self, algorithm, run, wanted, constants):
         self.algorithm, self.run, self.wanted, self.constants = algorithm, run, wanted, constants
         self.aux = self.residuals = self.lanes = None
+        self.keep = True
 
     def inputs(self, flat):
         u0, t0, t1, saveat, rtol, atol, *rest = flat
@@ -90,14 +91,15 @@ def task(algorithm, name, run, x, *args):
         return getattr(algorithm, name)(run, x, *args)
 
 
-def reverse(algorithm, run, residuals, ct, wanted):
-    """`algorithm.reverse`, with what `f` closes over in the state of the solve."""
+def reverse(algorithm, run, residuals, ct, wanted, keep=True):
+    """`algorithm.reverse`, with what `f` closes over in the state of the solve; `keep` if there may be another one."""
     from . import _ahead, _taped
 
     _same_captured(run, residuals.x)
-    way = _taped if _taped.suits(algorithm, run, residuals.x, wanted) else _ahead
     with _autodiff.silent(run.field.f.live):
-        return way.reverse(algorithm, run, residuals, ct, wanted)
+        if _taped.suits(algorithm, run, residuals.x, wanted):
+            return _taped.reverse(algorithm, run, residuals, ct, wanted, keep)
+        return _ahead.reverse(algorithm, run, residuals, ct, wanted)
 
 
 def _aux_of_lanes(be, run, x, summary):
@@ -161,6 +163,7 @@ class Solve(torch.autograd.Function):
         bars = [None] * len(flat)
         slots = ctx.call.slots(len(flat))
         if slots:
+            ctx.call.keep = _autodiff.graph_is_kept()
             for (i, _), bar in zip(slots, Reverse.apply(ctx.call, len(flat), *flat, *ct[:-1]), strict=True):
                 bars[i] = bar
         return None, *bars
@@ -236,7 +239,7 @@ class Reverse(_Once):
     def forward(call, count, *args):
         flat, ct = args[:count], args[count:]
         run = call.run
-        bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted)
+        bar = reverse(call.algorithm, run, call.residuals, call.outputs(ct), call.wanted, call.keep)
         if call.aux.status == RetCode.Success:
             judge(call.algorithm, run.be, bar)
         theta = iter(bar.theta)

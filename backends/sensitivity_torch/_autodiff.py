@@ -10,6 +10,8 @@ from . import _levels
 
 # `torch.autograd.grad` without its checks, which take as long as a small product itself.
 run_backward = torch.autograd.Variable._execution_engine.run_backward
+# Whether the running backward pass has `retain_graph=True`; early versions do not say.
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 # -- the user's function ------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from array_api_compat import torch as xp
 
@@ -167,10 +168,10 @@ class TorchBackend(Backend):
                 v = torch.addmv(v, columns[i], weights[i], alpha=scale)
             carry, x = row(carry, [x[i] for x in xs], v)
             rows[i].copy_(x)
-        out = out.clone()
-        if n <= POOLED:
-            pool.append(work)
-        return carry, out
+        if n > POOLED:
+            return carry, out
+        pool.append(work)
+        return carry, out.clone()
 
     def combine(self, base, scale, weights, rows):
         w = self._constant(weights)
@@ -197,11 +198,11 @@ class TorchBackend(Backend):
         return rows.index_select(0, found)
 
     def poly(self, coefficients, x, like):
-        x = self.vector(x, like)[:, None]
-        *columns, out = self._constant(coefficients).t().unbind()
-        for c in reversed(columns):
-            out = torch.addcmul(c, out, x)
-        return out.expand(x.shape[0], -1)
+        key = "powers", coefficients
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = np.array(coefficients).T
+        return torch.as_tensor(np.vander(x, len(found), True) @ found, dtype=like.dtype, device=like.device)
 
     # -- linear systems -------------------------------------------------------------------------------------------
 
@@ -345,6 +346,13 @@ class _Differentiable(TorchBackend):
 
     def scaled(self, e, u0, u1, rtol, atol):
         return super().scaled(e.detach(), u0.detach(), u1.detach(), rtol, atol)
+
+    def poly(self, coefficients, x, like):
+        x = self.vector(x, like)[:, None]
+        *columns, out = self._constant(coefficients).t().unbind()
+        for c in reversed(columns):
+            out = torch.addcmul(c, out, x)
+        return out.expand(x.shape[0], -1)
 
     def recursion(self, a, base, scale, xs, row, carry, first=None):
         rows = [] if first is None else [first]

@@ -1,8 +1,9 @@
-"""Explicit steps that autograd records, so that one call pulls a whole step back.
+"""Explicit steps that autograd records, so that one call pulls many of them back.
 
-For states too large for `_ahead`. A step's stages are recorded as they are computed, from leaves for its state and its
-first slope; where no record was kept, the step is taken again with one. Where the parameters outnumber the state by
-far, only cotangents of the stages are wanted step by step, and one product for a block of stages serves the parameters.
+For states too large for `_ahead`. Steps are recorded as they are taken, one after the other in a segment that starts
+with leaves for its state and its first slope; where no record was kept, they are taken again with one. Where the
+parameters outnumber the state by far, only cotangents of the stages are wanted of a segment, and one product for a
+block of stages serves the parameters.
 """
 
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from sensitivity.algorithms.discrete import RecursiveCheckpointAdjoint
-from sensitivity.backend import Record
 from sensitivity.explicit import Explicit
 from sensitivity.methods import RungeKutta
 from sensitivity.stepper import Adjoint
@@ -45,21 +45,27 @@ def forward(algorithm, run, x, wanted):
     return algorithm.forward(tape.run, x, wanted)
 
 
-def reverse(algorithm, run, residuals, ct, wanted):
-    """`algorithm.reverse` along the records."""
-    tape = Tape(run, residuals.x, wanted, 0)
+def reverse(algorithm, run, residuals, ct, wanted, keep):
+    """`algorithm.reverse` along the records, which are not used again unless `keep`."""
+    tape = Tape(run, residuals.x, wanted, 0, keep)
     bar = algorithm.reverse(tape.run, residuals, ct, wanted)
     return bar._replace(theta=tape.collected(bar.theta))
 
 
 class Recorded(NamedTuple):
-    """The leaves of a recorded step, where its stages were evaluated, and these."""
+    """A step in the graph: the state that it starts from, its stages, the state that it ends in, and the parameters.
+
+    A segment starts from leaves: that state, and `slope` unless it is a stage of this step. `stages` are those of this
+    step, evaluated at `points`; `rows` may have the last one of the step before in front.
+    """
 
     u: torch.Tensor
-    k: torch.Tensor | None
+    slope: torch.Tensor | None
     points: list
+    stages: list
     rows: list
-    leaves: tuple
+    end: torch.Tensor
+    params: tuple
 
 
 class Tape:
@@ -67,16 +73,17 @@ class Tape:
 
     implicit, one_step = False, True
 
-    def __init__(self, run, x, wanted, room):
-        self.method, self.room, self.needs = run.method, room, None
+    def __init__(self, run, x, wanted, room, keep=True):
+        self.method, self.room, self.keep, self.needs = run.method, room, keep, 0
         self.params = "theta" in wanted
         size = sum(v.numel() for v in x.theta)
         self.deferred = self.params and size > DEFERRED * x.u0.shape[0]
         self.captured = any(v.requires_grad for v in x.theta)
         self.leaves = _autodiff.parameters(x.theta, self.params and not self.deferred)
-        self.rhs = run.field.bind(run.be.differentiable(), self.leaves, x.constants)
+        self.bound = run.field.bind(run.be.differentiable(), self.leaves, x.constants)
+        self.rhs = self.measured if room else self.bound
         self.field = lambda leaves: run.field.bind(run.be, leaves, x.constants)
-        self.theta, self.block = x.theta, []
+        self.theta, self.block, self.segment = x.theta, [], []
         self.sums = None
         self.run = replace(run, method=self)
 
@@ -84,6 +91,19 @@ class Tape:
         if isinstance(self.method, RungeKutta):
             return Taped(be, self.method.tableau(dense), rhs, self)
         return TapedDriven(be, self.method.scheme, rhs, self)
+
+    def measured(self, t, u):
+        """The first evaluation of `f`, whose record says how large the others are."""
+        measured = _Measured(self.leaves)
+        with measured:
+            out = self.bound(t, u)
+        self.rhs, self.needs = self.bound, measured.bytes + 2 * out.nbytes
+        return out
+
+    def stage(self, t, u):
+        """`f(t, u)`, whose cotangent can be asked for where the parameters will need it."""
+        out = self.rhs(t, u)
+        return out if out.requires_grad or not self.deferred else out.detach().requires_grad_()
 
     def defer(self, stages):
         """Stages `(t, u, k, ct)` whose products with the parameters are due later."""
@@ -117,39 +137,56 @@ class Taped(Explicit):
         self.tape = tape
         self.weights = be._rows(tab.a)
 
+    def lift(self, u):
+        return _noted(u.detach().requires_grad_()) if self.tape.room > 0 else u
+
+    def first(self, t, u):
+        if not self.fsal or not hasattr(u, "recorded"):
+            return super().first(t, u)
+        with torch.enable_grad():
+            return _noted(self.tape.stage(t, u.recorded))
+
+    def carry(self, K):
+        k = super().carry(K)
+        if k is not None and hasattr(K, "recorded"):
+            k.recorded = K.recorded.rows[-1]
+        return k
+
     def step(self, t, h, u, k):
         tape = self.tape
         if tape.room <= 0:
             return super().step(t, h, u, k)
-        if tape.needs is None:
-            measured = _Measured(tape.leaves)
-            with measured:
-                out = self.recorded(t, h, u, k)
-            tape.needs = measured.bytes + out[1].nbytes * 2
-        else:
-            out = self.recorded(t, h, u, k)
-        tape.room -= tape.needs
+        out = self.recorded(t, h, u, k)
+        tape.room -= tape.needs * self.stages
         return out
-
-    def retake(self, t, h, u, k):
-        return Record(t, h, u, self.recorded(t, h, u, k)[1])
 
     def recorded(self, t, h, u, k):
         """A step with a record of its stages on `K`."""
-        tab, rhs = self.tab, self.tape.rhs
+        tab, tape, rows, points = self.tab, self.tape, [], []
         times = self.times(t, h)
         with torch.enable_grad():
-            v = u_leaf = u.detach().requires_grad_()
-            k_leaf = None if k is None else k.detach().requires_grad_()
-            rows, points = [] if k is None else [k_leaf], []
+            start = _graph(u)
+            slope = None
+            if k is not None:
+                rows.append(_graph(k))
+                if start.is_leaf and hasattr(k, "recorded"):
+                    points.append(start)
+                elif start.is_leaf:
+                    slope = rows[0]
+            known = len(rows) - len(points)
+            v = start
             for i in range(len(rows), tab.stages):
                 w = self.weights[i]
-                v = u_leaf if w is None else torch.addmv(u_leaf, torch.stack(rows).t(), w, alpha=h)
+                v = start if w is None else torch.addmv(start, torch.stack(rows).t(), w, alpha=h)
                 points.append(v)
-                rows.append(rhs(times[i], v))
-        K = torch.stack(rows) if len(rows) > 1 else rows[0].detach().unsqueeze(0)
-        K.recorded = Recorded(u_leaf, k_leaf, points, rows, self.tape.leaves)
-        return v.detach() if tab.fsal else self.be.combine(u, h, tab.b, K), K
+                rows.append(tape.stage(times[i], v))
+            K = torch.stack(rows)
+            end = v if tab.fsal else self.be.combine(start, h, tab.b, K)
+        K = K.detach()
+        K.recorded = Recorded(start, slope, points, rows[known:], rows, end, tape.leaves)
+        return _noted(end), K
+
+    retake = recorded
 
     def times(self, t, h):
         """The first arguments of the stages."""
@@ -160,38 +197,43 @@ class Taped(Explicit):
         return [t + c * h for c in self.tab.c]
 
     def vjp(self, pull, record, out, last, time, state, add=None):
-        be, tab, tape = self.be, self.tab, self.tape
-        t, h, _, K = record
-        if add is not None or (tab.fsal and state.kappa is None and (out is None or out.k is None)):
-            return super().vjp(pull, record, out, last, time, state, add)
-        recorded, keep = getattr(K, "recorded", None), True
-        if recorded is None:
-            recorded, keep = self._again(record), tape.captured
-        seeds = be.seeds(tab.b, h, state.lam, None if out is None else out.k, state.kappa)
-        targets = [recorded.u, *([recorded.k] if tab.fsal else ())]
-        rows = recorded.rows[int(tab.fsal):]
+        tape, t, h, K = self.tape, record.t, record.h, record.k
+        kept = hasattr(K, "recorded")
+        if not kept:
+            K = self.recorded(t, h, record.u.detach(), K[0] if self.fsal else None)[1]
+        step = K.recorded
+        tape.segment.append((t, h, out, step))
+        if not kept or not tape.keep:
+            del K.recorded
+        if not step.u.is_leaf:
+            return state
+        segment, tape.segment = tape.segment, []
+        newest, slopes = segment[0][-1], [] if step.slope is None else [step.slope]
+        seeds = [(newest.end, state.lam)]
+        if state.kappa is not None:
+            seeds.append((newest.rows[-1], state.kappa))
+        for _, _, out, passed in segment:
+            if out is not None and out.u is not None:
+                seeds.append((passed.u, out.u))
+            if out is not None and out.k is not None:
+                seeds += zip(passed.rows, out.k.unbind(), strict=True)
+        targets = [step.u, *slopes]
         if tape.deferred:
-            targets += rows
+            targets += [k for *_, passed in segment for k in passed.stages]
         elif tape.params:
-            targets += recorded.leaves
-        u_bar, *bars = _grad(recorded.rows, seeds, targets, keep)
-        kappa = bars.pop(0) if tab.fsal else None
-        lam, theta = state.lam, state.theta
-        if u_bar is not None:
-            lam = lam + u_bar
-        if out is not None and out.u is not None:
-            lam = lam + out.u
+            targets += step.params
+        lam, *bars = _grad(seeds, targets, tape.captured or (kept and tape.keep))
+        kappa = bars.pop(0) if slopes else None
+        theta = state.theta
         if tape.deferred:
-            times = self.places(t, h)[int(tab.fsal):]
-            stages = zip(times, recorded.points, rows, bars, strict=True)
-            tape.defer([stage for stage in stages if stage[-1] is not None])
+            bars = iter(bars)
+            for t, h, _, passed in segment:
+                times = self.places(t, h)[-len(passed.stages):]
+                stages = zip(times, passed.points, passed.stages, bars)  # noqa: B905
+                tape.defer([stage for stage in stages if stage[-1] is not None])
         elif tape.params:
             theta = tuple(x if b is None else x.add_(b) for x, b in zip(theta, bars, strict=True))
         return Adjoint(lam, kappa, theta, state.t0, state.h)
-
-    def _again(self, record):
-        t, h, u, K = record
-        return self.recorded(t, h, u, K[0] if self.tab.fsal else None)[1].recorded
 
 
 class TapedDriven(Taped, Driven):
@@ -224,9 +266,21 @@ def _parameter_products(field, theta, t, u, k, ct, captured):
     return sums
 
 
-def _grad(rows, seeds, targets, keep):
-    """Cotangents of `targets`; None where nothing depends on them."""
-    moving = [(r, s) for r, s in zip(rows, seeds.unbind(), strict=True) if r.requires_grad]
+def _noted(x):
+    """`x` for the loops, which see no graph."""
+    out = x.detach()
+    out.recorded = x
+    return out
+
+
+def _graph(x):
+    """What `x` is in the graph, or a leaf to start from."""
+    return x.recorded if hasattr(x, "recorded") else x.detach().requires_grad_()
+
+
+def _grad(seeds, targets, keep):
+    """Cotangents of `targets` from pairs of outputs and theirs; None where nothing depends on them."""
+    moving = [(x, ct) for x, ct in seeds if x.requires_grad]
     places = [i for i, x in enumerate(targets) if x.requires_grad]
     bars = [None] * len(targets)
     if moving and places:
