@@ -35,7 +35,7 @@ class Backend(Lookback, Loops):
     modes : subset of `{"reverse", "forward"}`: derivatives of a callable that the framework offers.
     complex : whether complex numbers flow through (needed by `ComplexStepVJP`).
     opaque : whether a user function may leave the AD without an error, so that products are checked by value.
-    sparse_lu : whether Jacobians may be SciPy sparse matrices, which `factorize_sparse` takes.
+    sparse_lu : whether Jacobians may be SciPy sparse matrices, and `factorize_sparse` is there.
     batches : whether `rows` evaluates a function for all rows at once.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
     how_to_get_ad : what to say when AD is missing but could be installed.
@@ -193,9 +193,8 @@ class Backend(Lookback, Loops):
 
         return factorize(self, bands, lower, upper)
 
-    def factorize_sparse(self, A: Any, symmetric: bool | None = None) -> Callable[..., Array]:
-        """`factorize` of a SciPy sparse matrix, whose pattern may be known to be `symmetric`; where `sparse_lu` holds.
-        """
+    def factorize_sparse(self, values: Any, pattern: Any) -> Callable[..., Array]:
+        """`factorize` of the matrix with these entries of a pattern, as NumPy numbers; where `sparse_lu` holds."""
         raise NotImplementedError
 
     # -- ensembles and processes ------------------------------------------------------------------------------

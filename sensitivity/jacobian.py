@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .backend import Array
 from .errors import UnsupportedCombination
-from .matrices import Entries, Operator, dense, entries_of, is_sparse
+from .matrices import Entries, Operator, dense, entries_of, is_sparse, scattered
 from .sparsity import Pattern, by_columns
 
 LARGEST_DENSE = 2000
@@ -120,7 +120,7 @@ def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None)
                 if not be.sparse_lu:
                     raise UnsupportedCombination(f"a jac that returns SciPy matrices is not available on {be.name}",
                                                  "its loops are compiled", "jac as an array, with jac_sparsity=")
-                return J
+                return scattered(be, J, u, run.mass)
             J = be.xp.reshape(be.asarray(J, dtype=u.dtype, device=be.device(u)), (n, n))
             return J if pattern is None else entries_of(be, pattern, J)
 

@@ -13,7 +13,7 @@ from .backend import Array
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .linearsolver import DENSE_LIMIT, SOLVERS, refuse_choice
-from .matrices import Entries, Operator, entries_of, factorize, is_sparse, shifted
+from .matrices import Entries, Operator, entries_of, factorize, is_sparse, scattered, shifted
 from .system import Inputs
 
 Solve = Callable[..., Array]
@@ -68,8 +68,8 @@ class Sparse(Products):
             J: Any = Entries(pattern, run.vjp.entries(run, self.x, pattern)(self.t, u))
         else:
             J = run.products.jac(self.t, *_arguments(run, self.x, u))
-            if not is_sparse(J):
-                J = entries_of(be, pattern, be.asarray(J, dtype=u.dtype, device=be.device(u)))
+            J = (scattered(be, J, u) if is_sparse(J) else
+                 entries_of(be, pattern, be.asarray(J, dtype=u.dtype, device=be.device(u))))
         return factorize(be, shifted(be, J, 1.0, None, sigma), self.solver)
 
 

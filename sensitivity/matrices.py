@@ -1,4 +1,4 @@
-"""Matrices that implicit steps and steady states solve with: arrays, entries of a pattern, or SciPy's sparse ones."""
+"""Matrices that implicit steps and steady states solve with: arrays, entries of a pattern, or products alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .backend import Array, Scalar
 from .krylov import gmres
-from .sparsity import Pattern
+from .sparsity import Pattern, entries_in
 
 
 class Entries(NamedTuple):
@@ -43,6 +43,12 @@ def is_sparse(A: Any) -> bool:
     return hasattr(A, "tocsc")
 
 
+def scattered(be: Any, A: Any, like: Array, mass: Any = None) -> Entries:
+    """A SciPy matrix by its entries, with room for those of a `Mass`, in the dtype and on the device of `like`."""
+    pattern, values = entries_in(A, mass)
+    return Entries(pattern, be.asarray(values, dtype=like.dtype, device=be.device(like)))
+
+
 def entries_of(be: Any, pattern: Pattern, A: Array) -> Entries:
     """The entries of an array in the places of a pattern."""
     flat = be.xp.reshape(A, (-1,))
@@ -54,7 +60,7 @@ def dense(be: Any, A: Any) -> Array:
     """Any matrix as an array."""
     if isinstance(A, Entries):
         return be.xp.reshape(_taken(be, A, A.pattern.in_square), A.shape)
-    return be.asarray(A.toarray()) if is_sparse(A) else A
+    return A
 
 
 def transpose(be: Any, A: Any) -> Any:
@@ -76,11 +82,6 @@ def shifted(be: Any, J: Any, c: Scalar, M: Array | None = None, sigma: Scalar | 
         unit = (be.asarray(J.pattern.diagonal, dtype=J.dtype, device=be.device(J.values)) if M is None
                 else entries_of(be, J.pattern, M).values)
         return Entries(J.pattern, (unit if sigma is None else _times(be, unit, sigma)) - _times(be, J.values, c))
-    if is_sparse(J):
-        from scipy.sparse import csc_array, eye_array
-
-        unit = eye_array(J.shape[0], format="csc", dtype=J.dtype) if M is None else csc_array(be.host(M))
-        return (unit if sigma is None else sigma * unit) - c * csc_array(J)
     if sigma is not None:
         M = _times(be, be.unit_rows(J.shape[0], J.shape[0], 0, J) if M is None else M, sigma)
     return be.shifted(J, c, M)
@@ -92,14 +93,12 @@ def factorize(be: Any, A: Any, solver: Any = None) -> Callable[..., Array]:
         return _krylov(be, A)
     if solver is not None:
         return _users(be, A, solver)
-    if is_sparse(A):
-        return be.factorize_sparse(A)
     if not isinstance(A, Entries):
         return be.factorize(A)
     pattern = A.pattern
     structure = pattern.structure(be)
     if structure == "sparse":
-        return be.factorize_sparse(pattern.matrix(be.host(A.values)), pattern.symmetric)
+        return be.factorize_sparse(be.host(A.values), pattern)
     if structure is None:
         return be.factorize(dense(be, A))
     lower, upper = pattern.lower, pattern.upper

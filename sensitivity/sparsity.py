@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from .backend import Array
@@ -17,6 +17,31 @@ from .errors import InputError
 from .registry import registry
 
 NARROW = 32
+
+
+class Elimination(NamedTuple):
+    """An order in which sparse LU factors have few entries, and the reordered matrix in compressed columns.
+
+    Attributes
+    ----------
+    order, place : the unknowns in that order, and where each of them is.
+    source : which entries of the pattern those of the reordered matrix are.
+    rows, starts : their rows, and where columns start among them.
+    options : those of SuperLU that suit the pattern.
+    """
+
+    order: Any
+    place: Any
+    source: Any
+    rows: Any
+    starts: Any
+    options: dict[str, Any]
+
+    def matrix(self, values: Any) -> Any:
+        """The reordered SciPy matrix of a pattern's entries."""
+        from scipy.sparse import csc_array
+
+        return csc_array((values[self.source], self.rows, self.starts), shape=(self.order.shape[0],) * 2)
 
 
 class Pattern:
@@ -82,6 +107,20 @@ class Pattern:
         return self.T == self
 
     @cached_property
+    def elimination(self) -> Elimination:
+        """By minimum degree, which symmetric patterns allow on `A^T + A`; SuperLU finds it, values do not matter."""
+        from scipy.sparse.linalg import splu
+
+        xp = _xp()
+        options = {"diag_pivot_thresh": 0.01, "options": {"SymmetricMode": True}} if self.symmetric else {}
+        sample = self.matrix(xp.ones(self.rows.shape[0]) + self.size * self.diagonal)
+        place = splu(sample, permc_spec="MMD_AT_PLUS_A" if self.symmetric else "COLAMD", **options).perm_c
+        rows, columns = place[self.rows], place[self.columns]
+        source = xp.argsort(columns * self.size + rows)
+        starts = xp.searchsorted(columns[source], xp.arange(self.size + 1))
+        return Elimination(_inverse(place), place, source, rows[source], starts, options)
+
+    @cached_property
     def T(self) -> Pattern:
         return Pattern(self.columns, self.rows, self.size)
 
@@ -136,6 +175,34 @@ class Pattern:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+def entries_in(A: Any, mass: Any = None) -> tuple[Pattern, Any]:
+    """The pattern of a SciPy matrix, with the entries of a `Mass`, and its values in the places of that."""
+    from scipy.sparse import csc_array
+
+    A = csc_array(A)
+    if not A.has_canonical_format:
+        A = A.copy()
+        A.sum_duplicates()
+    pattern, places = _found(A.shape[0], A.indptr.tobytes(), A.indices.tobytes(), A.indices.dtype.name, mass)
+    values = _xp().zeros(pattern.rows.shape[0])
+    values[places] = A.data
+    return pattern, values
+
+
+@lru_cache(maxsize=64)
+def _found(size: int, starts: bytes, rows: bytes, integer: str, mass: Any) -> tuple[Pattern, Any]:
+    """The pattern of a matrix in compressed columns, and where it has the entries."""
+    xp = _xp()
+    ends, i = (xp.astype(xp.frombuffer(v, dtype=integer), xp.int64) for v in (starts, rows))
+    j = xp.repeat(xp.arange(size), ends[1:] - ends[:-1])
+    rows, columns = i, j
+    if mass is not None:
+        more, beside = xp.nonzero(mass.values)
+        rows, columns = xp.concat([i, xp.astype(more, xp.int64)]), xp.concat([j, xp.astype(beside, xp.int64)])
+    pattern = _kept(Pattern(rows, columns, size))
+    return pattern, xp.searchsorted(pattern.columns * size + pattern.rows, j * size + i)
 
 
 def pattern_of(given: Any, size: int, mass: Any = None) -> Pattern | None:

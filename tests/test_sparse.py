@@ -135,6 +135,55 @@ def test_constraints_with_a_sparse_jacobian():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+def test_constraints_with_a_mass_matrix_where_the_jacobian_has_no_entries():
+    """The matrix of a step has the entries of both."""
+    f = lambda t, u, p: np.array([-u[0], p[0] * u[1] - u[2], 1.0 - u[2]])  # noqa: E731
+    J = lambda t, u, p: np.array([[-1.0, 0.0, 0.0], [0.0, p[0], -1.0], [0.0, 0.0, -1.0]])  # noqa: E731
+    prob = sa.ODEProblem(f, np.array([0.5, 1.0, 0.0]), (0.0, 1.0), np.array([-2.0]), jac=J,
+                         mass_matrix=np.array([[1.0, 0.3, 0.0], [0.2, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    want = sa.solve(prob, sa.Kvaerno5()).u
+    got = sa.solve(prob.remake(jac=lambda *a: sp.csr_array(J(*a))), sa.Kvaerno5()).u
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_a_sparse_jac_may_change_its_pattern():
+    """Entries that are zero may be left out, stand twice, or in rows."""
+    f = lambda t, u, p: np.array([-p[0] * u[0] * u[1], p[0] * u[0] * u[1] - 40.0 * (t > 0.5) * u[1], u[1]])  # noqa: E731
+
+    def J(t, u, p):
+        return np.array([[-p[0] * u[1], -p[0] * u[0], 0.0], [p[0] * u[1], p[0] * u[0] - 40.0 * (t > 0.5), 0.0],
+                         [0.0, 1.0, 0.0]])
+
+    def halves(t, u, p):
+        row, column = np.nonzero(J(t, u, p))
+        values = J(t, u, p)[row, column] / 2.0
+        return sp.coo_array((np.tile(values, 2), (np.tile(row, 2), np.tile(column, 2))), shape=(3, 3)).tocsr()
+
+    prob = sa.ODEProblem(f, np.array([1.0, 0.0, 0.0]), (0.0, 1.0), np.array([2.0]), jac=J)
+    prob = prob.remake(u0=np.array([1.0, 0.5, 0.0]))
+    options = {"tstops": [0.5], "rtol": 1e-6}
+    want = sa.solve(prob, sa.Kvaerno5(), **options).u
+    np.testing.assert_allclose(sa.solve(prob.remake(jac=halves), sa.Kvaerno5(), **options).u, want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_factors_in_an_order_found_once(symmetric):
+    """Both solves, of one vector and of rows, whatever the values are; NaN where there is no inverse."""
+    rng = np.random.default_rng(1)
+    A = sp.random_array((60, 60), density=0.05, rng=rng) + sp.eye_array(60)
+    A = (A + A.T if symmetric else A).toarray()
+    pattern, values = sparsity.entries_in(sp.csr_array(A))
+    assert pattern.symmetric == symmetric
+    b = rng.normal(size=(3, 60))
+    for factor in (values, values * rng.uniform(0.5, 2.0, values.shape)):
+        A = pattern.matrix(factor).toarray()
+        solve = lapack.superlu(factor, pattern)
+        np.testing.assert_allclose(solve(b), np.linalg.solve(A, b.T).T, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(solve(b[0], transposed=True), np.linalg.solve(A.T, b[0]), rtol=1e-9, atol=1e-9)
+        assert solve(b.astype(np.float32)).dtype == np.float32
+    assert np.all(np.isnan(lapack.superlu(np.where(pattern.rows == 7, 0.0, values), pattern)(b)))
+
+
 # -- bands and other patterns, on every backend -----------------------------------------------------------------------
 
 

@@ -193,8 +193,8 @@ class NumpyBackend(Backend):
 
     # -- linear systems -----------------------------------------------------------------------------------------
 
-    def factorize_sparse(self, A, symmetric=None):
-        return lapack.superlu(A, symmetric)
+    def factorize_sparse(self, values, pattern):
+        return lapack.superlu(values, pattern)
 
     def factorize_banded(self, bands, lower, upper):
         return lapack.band_lu(bands, lower, upper)

@@ -216,8 +216,8 @@ class TorchBackend(Backend):
 
         return solve
 
-    def factorize_sparse(self, A, symmetric=None):
-        return self._by_host(lapack.superlu(A, symmetric))
+    def factorize_sparse(self, values, pattern):
+        return self._by_host(lapack.superlu(values, pattern))
 
     def factorize_banded(self, bands, lower, upper):
         if bands.device.type == "cpu":
