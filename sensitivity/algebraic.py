@@ -42,7 +42,7 @@ class Constraints(Solving):
     mass: Any
 
     def _factorized(self, J: Any, c: Scalar) -> Callable:
-        A = shifted(self.be, J, c, matrix(self.be, self.mass.values, J))
+        A = shifted(self.be, J, c, self.mass.values)
         return self.mass.lift(self.be, factorize(self.be, A, self.jac.solver))
 
     def _weighed(self, z: Array) -> Array:

@@ -187,6 +187,16 @@ class Backend(Lookback, Loops):
         del transposed
         return solver(apply, b)
 
+    def weigh(self, mass: Any, z: Array, transposed: bool = False) -> Array:
+        """`M z`, or `M^T z`, of a constant `Mass`, for one vector or a row for each."""
+        M = self.asarray(mass.values, dtype=z.dtype, device=self.device(z))
+        return z @ (M if transposed else M.T)
+
+    def unweigh(self, mass: Any, z: Array, transposed: bool = False) -> Array:
+        """`M^-1 z`, or `M^-T z`, likewise."""
+        inverse = self.asarray(mass.inverse, dtype=z.dtype, device=self.device(z))
+        return z @ (inverse if transposed else inverse.T)
+
     def factorize_banded(self, bands: Array, lower: int, upper: int) -> Callable[..., Array]:
         """`factorize` of a banded matrix: `bands` is `(lower + upper + 1, n)`, entry (i, j) in row `upper + i - j`."""
         from .banded import factorize

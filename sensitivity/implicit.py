@@ -70,10 +70,15 @@ class Solving(Stepper):
         """
         if self.jac.system is not None:
             return self.jac.system(t, u, c)
-        return self._factorized((self.jac.exact if exact else self.jac.near)(t, u), c)
+        known = self.jac.undivided or self.jac
+        return self._factorized((known.exact if exact else known.near)(t, u), c)
 
     def _factorized(self, J: Any, c: Scalar) -> Callable:
-        return factorize(self.be, shifted(self.be, J, c), self.jac.solver)
+        whole = self.jac.undivided
+        if whole is None:
+            return factorize(self.be, shifted(self.be, J, c), self.jac.solver)
+        return whole.mass.divided(
+            self.be, factorize(self.be, shifted(self.be, J, c, whole.mass.values), self.jac.solver))
 
     def _weighed(self, z: Array) -> Array:
         """`M z`, for one vector or a row for each."""

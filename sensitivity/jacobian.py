@@ -7,6 +7,7 @@ equations of the discrete adjoint, and is as exact as the products with the deri
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,13 +21,22 @@ FORCING = 1e-4  # of linear equations inside an iteration that corrects their er
 TIGHT, NUMERIC = 1e-12, 1e-8  # of those that nothing corrects, by exact products and by differences
 
 
+class Undivided(NamedTuple):
+    """The Jacobians of f in `u' = M^-1 f`, and M, which is nonsingular."""
+
+    near: Any
+    exact: Any
+    mass: Any
+
+
 class Jacobian(NamedTuple):
     """Two functions `(t, u) -> (n, n)`: one to steer Newton's iteration, one for linear equations; either may be None.
 
     `sparsity` is the pattern, where it is known. `system(t, u, c) -> solve(b, transposed=False)` solves with
     `M - c f_u`, where the structure of the equation offers something better than a factorisation of the whole.
     `solver` is the user's linear solver; `free` says that there are products only, no matrices. `back(t, u, v)` is
-    `f_u^T v` where that is cheap beside a factorisation, as `costly` ones are known to be.
+    `f_u^T v` where that is cheap beside a factorisation, as `costly` ones are known to be. With a nonsingular mass
+    matrix all this is about `M^-1 f`, and `undivided` has what linear systems are made of.
     """
 
     near: Any
@@ -37,6 +47,7 @@ class Jacobian(NamedTuple):
     free: bool = False
     back: Any = None
     costly: bool = False
+    undivided: Undivided | None = None
 
 
 def given(run: Any, x: Any) -> Jacobian | None:
@@ -55,24 +66,42 @@ def given(run: Any, x: Any) -> Jacobian | None:
 
 def of_field(run: Any, x: Any) -> Jacobian | None:
     """The Jacobian of the user's vector field: given with the problem, by AD, or by differences."""
-    be, field, known = run.be, run.field, given(run, x)
+    be, field, mass = run.be, run.field, run.field.mass
     if not run.method.one_step:
-        return known
+        return given(run, x)
+    own = undivided(run)
+    known = given(own, x)
     pattern = run.sparsity if run.sparsity is not None and run.sparsity.size == field.u.size else None
     choice = getattr(run.method, "linear_solver", None)
     if run.vjp is not None and (choice == "krylov" or (choice is None and _large(run, known, pattern))):
         return matrix_free(run, x)
-    made = _matrices(run, x, known, pattern)
-    if choice == "dense":
-        return made._replace(near=lambda *at: dense(be, made.near(*at)), exact=lambda *at: dense(be, made.exact(*at)))
-    if choice not in (None, "sparse"):
-        return made._replace(solver=choice)
+    found = made = _matrices(own, x, known, pattern, run.mass or mass)
     costly = pattern is not None and pattern.structure(be) == "sparse"
     matrices = be.sparse_lu and run.products.jac is not None
-    if (costly or matrices) and run.vjp is not None and run.vjp.transposes:
+    if choice == "dense":
+        made = Jacobian(lambda *at: dense(be, found.near(*at)), lambda *at: dense(be, found.exact(*at)))
+    elif choice not in (None, "sparse"):
+        made = made._replace(solver=choice)
+    elif (costly or matrices) and run.vjp is not None and run.vjp.transposes:
         pull = run.vjp.pullback(run, x, params=False)
-        return made._replace(back=lambda t, u, v: pull(t, u, v)[0], costly=costly)
-    return made
+        made = made._replace(back=lambda t, u, v: pull(t, u, v)[0], costly=costly)
+    return made if mass is None else _over(be, mass, made)
+
+
+def undivided(run: Any) -> Any:
+    """The run with f in place of `M^-1 f`, and the products that belong to it."""
+    if run.field.mass is None:
+        return run
+    return replace(run, field=replace(run.field, mass=None), products=run.products.undivided)
+
+
+def _over(be: Any, mass: Any, made: Jacobian) -> Jacobian:
+    """The Jacobian of `M^-1 f` from that of f."""
+    def divided(jac: Callable) -> Callable[[Any, Array], Array]:
+        return lambda t, u: mass.unweigh(be, dense(be, jac(t, u)).T).T
+
+    return made._replace(near=divided(made.near), exact=divided(made.exact),
+                         undivided=Undivided(made.near, made.exact, mass))
 
 
 def _large(run: Any, known: Jacobian | None, pattern: Pattern | None) -> bool:
@@ -108,7 +137,7 @@ def matrix_free(run: Any, x: Any) -> Jacobian:
     return Jacobian(near, exact, free=True)
 
 
-def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None) -> Jacobian:
+def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None, mass: Any) -> Jacobian:
     """The Jacobian as a matrix, in whatever structure it has."""
     be, field = run.be, run.field
     if known is not None and known.exact is not None and field.p.count == len(x.theta):
@@ -120,7 +149,7 @@ def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None)
                 if not be.sparse_lu:
                     raise UnsupportedCombination(f"a jac that returns SciPy matrices is not available on {be.name}",
                                                  "its loops are compiled", "jac as an array, with jac_sparsity=")
-                return scattered(be, J, u, run.mass)
+                return scattered(be, J, u, mass)
             J = be.xp.reshape(be.asarray(J, dtype=u.dtype, device=be.device(u)), (n, n))
             return J if pattern is None else entries_of(be, pattern, J)
 

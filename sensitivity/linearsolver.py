@@ -47,6 +47,6 @@ def fitting(be: Any, method: Any, pattern: Pattern | None, jac: bool, mass: Any)
     choice = method.linear_solver
     refuse_choice(be, method.name, choice, pattern, jac and be.sparse_lu)
     if choice == "krylov" and mass is not None:
-        raise UnsupportedCombination(f"{method.name}(linear_solver='krylov') does not go with a mass matrix",
-                                     "constraints are solved for with matrices, and M^-1 f has none to save",
+        raise UnsupportedCombination(f"{method.name}(linear_solver='krylov') does not go with a singular mass matrix",
+                                     "constraints are solved for with matrices",
                                      "linear_solver='sparse' with jac_sparsity=, or 'dense'")

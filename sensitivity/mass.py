@@ -1,8 +1,9 @@
 """Mass matrices: `M u' = f(t, u, p)` with a constant M.
 
-A nonsingular M is taken to the right: `u' = M^-1 f`. With a singular M this is a differential-algebraic equation; it
-has index 1, and can be solved here, where `W^T f_u V` is regular, with the columns of V and W orthonormal bases of the
-null spaces of M and M^T (Hairer, Wanner II, VI.1).
+A nonsingular M is taken to the right, `u' = M^-1 f`, in all but the linear systems of implicit methods, which keep the
+structure of M and f_u: `(I - c M^-1 f_u)^-1 = (M - c f_u)^-1 M`. With a singular M this is a differential-algebraic
+equation; it has index 1, and can be solved here, where `W^T f_u V` is regular, with the columns of V and W orthonormal
+bases of the null spaces of M and M^T (Hairer, Wanner II, VI.1).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 
 from .backend import Array
 from .errors import IndexTooHigh, InputError, UnsupportedCombination
-from .matrices import dense
+from .matrices import Entries, dense, factorize, is_sparse
 from .registry import registry
+from .sparsity import pattern_of
 
 LARGEST_CONDITION = 1e12
 RANK = 1e-12
+SMALL = 32
 
 
 class Mass:
@@ -27,6 +30,7 @@ class Mass:
     Attributes
     ----------
     values : M, `(n, n)`.
+    diagonal : `(n,)`, of an M that has nothing else, or None.
     singular : whether M has no inverse.
     inverse : M^-1, of a nonsingular M; the pseudoinverse of a singular one.
     right, left : V and W, of a singular M.
@@ -36,12 +40,21 @@ class Mass:
         xp = registry().backend("numpy").xp
         self.values = xp.asarray(values, dtype=xp.float64)
         self.key = (self.values.shape, self.values.tobytes())
-        left, sizes, right = xp.linalg.svd(self.values)
-        rank = int(xp.sum(sizes > RANK * xp.max(sizes)))
-        self.singular = rank < self.values.shape[0]
-        self.inverse = xp.linalg.inv(self.values) if not self.singular else (
-            right[:rank, :].T @ (left[:, :rank] / sizes[:rank]).T)
-        self.right, self.left = right[rank:, :].T, left[:, rank:]
+        diagonal = xp.asarray(xp.linalg.diagonal(self.values), copy=True)
+        self.diagonal = diagonal if xp.count_nonzero(self.values) == xp.count_nonzero(diagonal) else None
+        self.singular = False
+        try:
+            self.inverse = xp.linalg.inv(self.values)
+            condition = float(xp.linalg.matrix_norm(self.values) * xp.linalg.matrix_norm(self.inverse))
+        except ValueError:  # LinAlgError of an exactly singular matrix
+            condition = math.inf
+        if not RANK * condition < 1.0:  # the product of Frobenius norms is no less than the ratio of singular values
+            left, sizes, right = xp.linalg.svd(self.values)
+            rank = int(xp.sum(sizes > RANK * xp.max(sizes)))
+            self.singular = rank < self.values.shape[0]
+            self.right, self.left = right[rank:, :].T, left[:, rank:]
+            if self.singular:
+                self.inverse = right[:rank, :].T @ (left[:, :rank] / sizes[:rank]).T
 
     @cached_property
     def transposed(self) -> Mass:
@@ -55,13 +68,34 @@ class Mass:
         out[:n, :n] = self.values
         return out
 
-    def weigh(self, be: Any, z: Array) -> Array:
-        """`M z`, for one vector or a row for each."""
-        return z @ matrix(be, self.values, z).T
+    @cached_property
+    def sparse(self) -> tuple[Any, Callable[..., Any]] | None:
+        """M as a SciPy matrix and a solver with it for NumPy numbers, where most entries of a larger M are zero."""
+        from scipy.sparse import csr_array
+
+        n = self.values.shape[0]
+        if n <= SMALL or 4 * int(registry().backend("numpy").xp.count_nonzero(self.values)) > n * n:
+            return None
+        pattern = pattern_of(self.values, n)
+        assert pattern is not None
+        solve = factorize(registry().backend("numpy"), Entries(pattern, self.values[pattern.rows, pattern.columns]))
+        return csr_array(self.values), solve
+
+    def weigh(self, be: Any, z: Array, transposed: bool = False) -> Array:
+        """`M z`, or `M^T z`, for one vector or a row for each."""
+        if self.diagonal is not None:
+            return z * matrix(be, self.diagonal, z)
+        return be.weigh(self, z, transposed)
 
     def weigh_back(self, be: Any, z: Array) -> Array:
         """`M^T z`."""
-        return z @ matrix(be, self.values, z)
+        return self.weigh(be, z, transposed=True)
+
+    def unweigh(self, be: Any, z: Array, transposed: bool = False) -> Array:
+        """`M^-1 z`, or `M^-T z`, of a nonsingular M."""
+        if self.diagonal is not None:
+            return z / matrix(be, self.diagonal, z)
+        return be.unweigh(self, z, transposed)
 
     def constrained(self, be: Any, z: Array) -> Array:
         """`P z` with `P = W W^T`."""
@@ -75,11 +109,17 @@ class Mass:
 
     def divide(self, be: Any, rhs: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
         """`M^-1 rhs`."""
+        return lambda t, u: self.unweigh(be, rhs(t, u))
 
-        def slope(t: Any, u: Array) -> Array:
-            return matrix(be, self.inverse, u) @ rhs(t, u)
+    def divided(self, be: Any, solve: Callable[..., Array]) -> Callable[..., Array]:
+        """A solver with `I - c M^-1 f_u`, made of one with `M - c f_u`."""
 
-        return slope
+        def quotient(b: Array, transposed: bool = False) -> Array:
+            return self.weigh_back(be, solve(b, transposed=True)) if transposed else solve(self.weigh(be, b))
+
+        quotient.nbytes = getattr(solve, "nbytes", 0)  # type: ignore[attr-defined]
+        quotient.costly = getattr(solve, "costly", False)  # type: ignore[attr-defined]
+        return quotient
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mass) and other.key == self.key
@@ -154,10 +194,7 @@ def mass_of(prob: Any, method: Any, size: int) -> Mass | None:
 
 
 def scaled_products(be: Any, mass: Mass, layout: Any, given: Any) -> Any:
-    """The user's products, those of `M^-1 f`."""
-
-    def inverse(like: Any) -> Array:
-        return be.asarray(mass.inverse, dtype=like.dtype, device=be.device(like))
+    """The user's products, those of `M^-1 f`; those of f stay beside them."""
 
     def ravel(tree: Any) -> Array:
         return layout.ravel(be, be.flatten(tree)[0])
@@ -167,20 +204,22 @@ def scaled_products(be: Any, mass: Mass, layout: Any, given: Any) -> Any:
 
     def vjp(t: Any, u: Any, p: Any, lam: Any) -> Any:
         flat = ravel(lam)
-        return given.vjp(t, u, p, unravel(flat @ inverse(flat)))
+        return given.vjp(t, u, p, unravel(mass.unweigh(be, flat, transposed=True)))
 
     def jvp(t: Any, u: Any, p: Any, du: Any, dp: Any) -> Any:
         flat = ravel(given.jvp(t, u, p, du, dp))
-        return unravel(inverse(flat) @ flat)
+        return unravel(mass.unweigh(be, flat))
 
-    def left(matrix: Callable) -> Callable:
+    def left(given_matrix: Callable) -> Callable:
         def scaled_matrix(t: Any, u: Any, p: Any) -> Array:
-            out = matrix(t, u, p)
-            return inverse(out) @ out
+            out = given_matrix(t, u, p)
+            out = be.asarray(out.toarray() if is_sparse(out) else out)
+            return mass.unweigh(be, out.T).T
         return scaled_matrix
 
     made = {"vjp": vjp, "jvp": jvp, "jac": left(given.jac), "paramjac": left(given.paramjac)}
-    return type(given)(**{name: None if getattr(given, name) is None else g for name, g in made.items()})
+    scaled = {name: None if getattr(given, name) is None else g for name, g in made.items()}
+    return type(given)(**scaled, undivided=given)
 
 
 def check_index(be: Any, mass: Mass, jac: Callable[[Any, Array], Array], t: Any, u: Array) -> None:

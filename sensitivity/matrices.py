@@ -71,17 +71,19 @@ def transpose(be: Any, A: Any) -> Any:
     return A.T
 
 
-def shifted(be: Any, J: Any, c: Scalar, M: Array | None = None, sigma: Scalar | None = None) -> Any:
-    """`M - c J`, or `sigma M - c J`, the identity for M = None, in the structure of J."""
+def shifted(be: Any, J: Any, c: Scalar, M: Any = None, sigma: Scalar | None = None) -> Any:
+    """`M - c J`, or `sigma M - c J`, in the structure of J; M are NumPy numbers, the identity for None."""
     if isinstance(J, Operator):
         assert sigma is None
         assert M is None
         return J._replace(apply=lambda v: v - _times(be, J.apply(v), c),
                           transposed=lambda v: v - _times(be, J.transposed(v), c))
     if isinstance(J, Entries):
-        unit = (be.asarray(J.pattern.diagonal, dtype=J.dtype, device=be.device(J.values)) if M is None
-                else entries_of(be, J.pattern, M).values)
+        unit = be.asarray(J.pattern.diagonal if M is None else M[J.pattern.rows, J.pattern.columns], dtype=J.dtype,
+                          device=be.device(J.values))
         return Entries(J.pattern, (unit if sigma is None else _times(be, unit, sigma)) - _times(be, J.values, c))
+    if M is not None:
+        M = be.asarray(M, dtype=J.dtype, device=be.device(J))
     if sigma is not None:
         M = _times(be, be.unit_rows(J.shape[0], J.shape[0], 0, J) if M is None else M, sigma)
     return be.shifted(J, c, M)

@@ -24,6 +24,7 @@ from .delayprepare import Retarded
 from .errors import InputError, UnsupportedCombination
 from .events import Watched, watched
 from .integrate import Run
+from .jacobian import undivided
 from .kinds import Ordinary, Start
 from .linearsolver import fitting
 from .mass import Mass, mass_of, scaled_products
@@ -88,9 +89,9 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     sparsity = None
     if method.implicit and method.one_step:
         sparsity = pattern_of(prob.jac_sparsity, u_layout.size, None if mass is None else mass.values)
-        fitting(be, method, sparsity, prob.jac is not None, mass)
+        fitting(be, method, sparsity, prob.jac is not None, None if nonsingular is not None else mass)
     if nonsingular is not None:
-        sparsity, products = None, scaled_products(be, nonsingular, u_layout, products)
+        products = scaled_products(be, nonsingular, u_layout, products)
     if kind.special is None:
         be = be.suited(field.bind(be, theta, constants), start.time, u0)
     run = Run(
@@ -104,7 +105,7 @@ def prepare(prob: Any, alg: Any, *, saveat: Any = None, rtol: Any = None, atol: 
     )
     x = Inputs(u0, theta, t0, t1, times, (*constants, *arrays), rtol, atol)
     if sparsity is not None and probe != "off":
-        check_pattern(run, x, identity(be, prob.f)[0], probe)
+        check_pattern(undivided(run), x, identity(be, prob.f)[0], probe)
     return kind.finished(run), x
 
 

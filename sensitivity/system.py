@@ -113,13 +113,17 @@ class Partition:
 
 @dataclass(frozen=True)
 class Products:
-    """Derivatives that the user gave with the problem; see `ODEProblem`."""
+    """Derivatives that the user gave with the problem; see `ODEProblem`.
+
+    With a nonsingular mass matrix they are made those of `M^-1 f`; `undivided` are the given ones.
+    """
 
     vjp: Any = None
     jvp: Any = None
     jac: Any = None
     paramjac: Any = None
     sparsity: Any = field(default=None, compare=False)
+    undivided: Any = None
 
 
 class Inputs(NamedTuple):

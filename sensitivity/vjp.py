@@ -354,7 +354,7 @@ class UserVJP(VJP):
                     d_p = field.p.join(be, [v[i, ...] for v in d_theta[:own]], x.constants)
                     rows.append(closed(prob.jvp(t, state, p, opened(du[i, :]), d_p)))
                 df = be.xp.stack(rows)
-            elif prob.jac is not None:
+            elif prob.jac is not None and (prob.paramjac is not None or not own):
                 df = du @ prob.jac(t, state, p).T
                 if own:
                     flat = be.xp.concat([be.xp.reshape(v, (m, -1)) for v in d_theta[:own]], axis=1)

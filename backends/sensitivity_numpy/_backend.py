@@ -196,6 +196,17 @@ class NumpyBackend(Backend):
     def factorize_sparse(self, values, pattern):
         return lapack.superlu(values, pattern)
 
+    def weigh(self, mass, z, transposed=False):
+        if mass.sparse is None or not isinstance(z, np.ndarray):
+            return super().weigh(mass, z, transposed)
+        A = mass.sparse[0]
+        return ((A.T if transposed else A) @ z.T).T.astype(z.dtype, copy=False)
+
+    def unweigh(self, mass, z, transposed=False):
+        if mass.sparse is None or not isinstance(z, np.ndarray) or z.dtype.kind == "c":
+            return super().unweigh(mass, z, transposed)
+        return mass.sparse[1](z, transposed=transposed).astype(z.dtype, copy=False)
+
     def factorize_banded(self, bands, lower, upper):
         return lapack.band_lu(bands, lower, upper)
 
