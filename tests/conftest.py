@@ -87,6 +87,8 @@ def jax_lab():
 
 # Compiling is what takes the time on JAX; one case of each kind stays among the quick tests.
 SLOW_ON_JAX = (
+    "divided_equation[jax-diagonal",
+    "divided_equation[jax-one-sided",
     "test_equals_direct",
     "DirectAdjoint",
     "steps-adaptive",
