@@ -23,6 +23,7 @@ from ._lanes import in_lanes
 from ._lookback import JaxLookback
 from ._loops import BoundedLoops, JaxLoops
 from ._matrices import Summed, WrittenOut, light
+from ._native import native
 
 
 class Closed(NamedTuple):
@@ -413,6 +414,9 @@ class _Through(BoundedLoops, JaxBackend):
 
 class _Alone(Summed, JaxBackend):
     """The backend for one solve of a light vector field."""
+
+    def _while(self, cond, body, start):
+        return native(lambda: lax.while_loop(cond, body, start()))
 
 
 class _InLanes(WrittenOut, JaxBackend):

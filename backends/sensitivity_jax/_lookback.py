@@ -40,8 +40,10 @@ class JaxLookback:
 
     def unfold(self, step, state, running, limit, capacity, like_record):
         state = arrays(state)
-        buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *jnp.shape(x)), jnp.result_type(x)), like_record)
-        log = Log(Record(*buffers), jnp.zeros((capacity,), bool), jnp.int32(0), jnp.int32(0))
+
+        def start():
+            buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *jnp.shape(x)), jnp.result_type(x)), like_record)
+            return jnp.int32(0), state, Log(Record(*buffers), jnp.zeros((capacity,), bool), jnp.int32(0), jnp.int32(0))
 
         def attempt(carry):
             i, s, log = carry
@@ -54,13 +56,16 @@ class JaxLookback:
             i, s, log = carry
             return any_lane(running(s)) & (i < limit) & (log.count < capacity)
 
-        _, state, log = self._while(more, attempt, (jnp.int32(0), state, log))
+        _, state, log = self._while(more, attempt, start)
         return state, OpenLog(log, None)
 
     def onward(self, body, state, log, like_record):
         opened, log = log, log.log
         state, example = arrays(state), arrays(like_record)
-        buffers = jax.tree.map(lambda x: jnp.zeros((log.keep.shape[0], *x.shape), x.dtype), example)
+
+        def start():
+            rows = jax.tree.map(lambda x: jnp.zeros((log.keep.shape[0], *x.shape), x.dtype), example)
+            return jnp.int32(0), state, rows
 
         def ahead(carry):
             i, s, out = carry
@@ -69,7 +74,7 @@ class JaxLookback:
                                record)
             return i + 1, select(active(log.keep[i]), like(arrays(new), s), s), out
 
-        _, state, buffers = self._while(lambda c: c[0] < log.count, ahead, (jnp.int32(0), state, buffers))
+        _, state, buffers = self._while(lambda c: c[0] < log.count, ahead, start)
         return state, OpenLog(log._replace(records=buffers), None)
 
     def locate(self, log, t):
@@ -102,4 +107,4 @@ class JaxLookback:
             s, ct = select(active(log.log.keep[i]), like(arrays(new), (s, ct)), (s, ct))
             return i, s, ct
 
-        return self._while(lambda c: c[0] > 0, back, (log.log.count, state, pending))[1]
+        return self._while(lambda c: c[0] > 0, back, lambda: (log.log.count, state, pending))[1]

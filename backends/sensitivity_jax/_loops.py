@@ -44,13 +44,15 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
                 i, s = carry
                 return i + 1, select(active(running(s)), like(traced(s)[0], s), s)
 
-            _, state = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), body, (jnp.int32(0), state))
+            _, state = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), body, lambda: (jnp.int32(0), state))
             return state, None
         if isinstance(sink, Fold):
             return self._folded(traced, state, running, limit, sink)
 
         _, record, _ = traced.shapes
-        log = sink.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), record))
+
+        def start():
+            return jnp.int32(0), state, sink.start(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), record))
 
         def record_step(carry):
             i, s, log = carry
@@ -64,7 +66,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             i, s, log = carry
             return any_lane(running(s)) & (i < limit) & any_lane(log.count < sink.capacity)
 
-        _, state, log = self._while(more, record_step, (jnp.int32(0), state, log))
+        _, state, log = self._while(more, record_step, start)
         return state, sink.result(log)
 
     def _folded(self, traced, state, running, limit, sink):
@@ -80,12 +82,13 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             total = lax.cond(any_lane(mine), add, lambda total: total, total)
             return i + 1, select(active(on), like(new, s), s), total
 
-        carry = (jnp.int32(0), state, arrays(sink.state))
-        _, state, total = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), fold_step, carry)
+        _, state, total = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), fold_step,
+                                      lambda: (jnp.int32(0), state, arrays(sink.state)))
         return state, total
 
-    def _while(self, cond, body, carry):
-        return lax.while_loop(cond, body, carry)
+    def _while(self, cond, body, start):
+        """`lax.while_loop` from what `start()` makes."""
+        return lax.while_loop(cond, body, start())
 
     def replay(self, body, state, log, extra=None):
         if isinstance(log, Recall):
@@ -105,8 +108,8 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             return i, (at, select(mine, like(arrays(body(s, mark, out, i == log.newest)), s), s))
 
         if isinstance(extra, Pending):
-            return self._while(lambda c: c[0] > 0, back_pending, (log.count, (jnp.int32(0), state)))[1][1]
-        return self._while(lambda c: c[0] > 0, back, (log.count, state))[1]
+            return self._while(lambda c: c[0] > 0, back_pending, lambda: (log.count, (jnp.int32(0), state)))[1][1]
+        return self._while(lambda c: c[0] > 0, back, lambda: (log.count, state))[1]
 
     def _past(self, body, state, opened, extra, i):
         """The state after the record in slot `i`, if this lane kept it."""
@@ -135,10 +138,12 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
                 new, record = advance(s, i)
                 return i + 1, select(active(log.keep[i]), like(new, s), s), sink.add(kept, record, log.keep[i])
 
-            _, state, kept = self._while(lambda c: c[0] < log.count, onward, (jnp.int32(0), state, sink.start(shapes)))
+            _, state, kept = self._while(lambda c: c[0] < log.count, onward,
+                                         lambda: (jnp.int32(0), state, sink.start(shapes)))
             return state, sink.result(kept)
 
-        buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
+        def start():
+            return jnp.int32(0), state, jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
 
         def ahead(carry):
             i, s, out = carry
@@ -146,7 +151,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
             out = jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), i, 0), out, record)
             return i + 1, select(active(log.keep[i]), like(new, s), s), out
 
-        _, state, buffers = self._while(lambda c: c[0] < log.count, ahead, (jnp.int32(0), state, buffers))
+        _, state, buffers = self._while(lambda c: c[0] < log.count, ahead, start)
         return state, OpenLog(log._replace(records=buffers), None)
 
     def scan(self, body, state, xs):

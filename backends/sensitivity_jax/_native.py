@@ -1,0 +1,110 @@
+"""Loops of small systems as one native function.
+
+XLA runs a loop on a CPU kernel by kernel, and for a small system it takes longer to call the kernels than to do what
+they do. A call with the attribute `xla_cpu_small_call` is compiled to one function instead. XLA does not check what it
+can compile so, and may even abort; hence only loops of operations that our tests have compiled, on as few numbers, and
+only with the versions of XLA that they ran with. Every other loop is an ordinary one: in lanes, on other devices, and
+where it is differentiated.
+"""
+
+import platform
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import lax
+from jax._src.interpreters.batching import batch_jaxpr2
+from jax.extend.core import Primitive, jaxpr_as_fun, jaxprs_in_params
+from jax.interpreters import ad, batching, mlir
+from jaxlib.mlir import ir
+
+TESTED = jaxlib.__version__ in ("0.10.2",) and platform.machine() in ("x86_64", "AMD64")
+ONE_FUNCTION = {"xla_cpu_small_call": "true", "inlineable": "false"}
+NUMBERS = 2048  # XLA gives larger sums to a library, which such a function cannot call
+ARITHMETIC = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp concatenate convert_element_type copy
+    cos cosh cumsum div eq erf erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le le_to log log1p logistic lt
+    lt_to max min mul ne neg not or pad pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem
+    reshape rev round rsqrt select_n sign sin sinh split sqrt square squeeze stack stop_gradient sub tan tanh transpose
+    unstack xor""".split())
+AROUND = frozenset("""broadcast_in_dim cond custom_vmap_call dynamic_slice dynamic_update_slice jit scan slice
+    while""".split())
+
+native_p = Primitive("sensitivity_native")
+native_p.multiple_results = True
+
+
+def native(loop):
+    """`loop()`, as one function where that is known to work."""
+    closed, shape = jax.make_jaxpr(loop, return_shape=True)()
+    given = [isinstance(c, jax.core.Tracer) for c in closed.consts]
+
+    def call(*args):
+        rest = iter(args)
+        consts = [next(rest) if on else c for c, on in zip(closed.consts, given, strict=True)]
+        return jax.core.eval_jaxpr(closed.jaxpr, consts)
+
+    args = [c for c, on in zip(closed.consts, given, strict=True) if on]
+    return jax.tree.unflatten(jax.tree.structure(shape), native_p.bind(*args, jaxpr=jax.make_jaxpr(call)(*args)))
+
+
+def known(jaxpr):
+    """Whether there is nothing but known operations on few numbers."""
+    return all(_known(eqn) for eqn in jaxpr.eqns)
+
+
+def _known(eqn):
+    name = eqn.primitive.name
+    if name in AROUND:
+        return all(map(known, jaxprs_in_params(eqn.params)))
+    sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
+    vectors = name == "dot_general" and min(v.aval.ndim for v in eqn.invars) == 1
+    return (name in ARITHMETIC or vectors) and max(sizes) <= NUMBERS
+
+
+def _plain(*args, jaxpr):
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _one_function(*args, jaxpr):
+    def call(*args):
+        return *_plain(*args, jaxpr=jaxpr), *(x.ravel()[:1] if x.size else x for x in args)
+
+    # XLA aborts over a parameter that the call does not use, or no longer uses once it is known to be a constant:
+    # so something of each is a result, and constants are hidden.
+    return jax.jit(call)(*lax.optimization_barrier(args))
+
+
+def _lower(ctx, *args, jaxpr):
+    if not (TESTED and known(jaxpr.jaxpr)):
+        return mlir.lower_fun(_plain, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
+    results = mlir.lower_fun(_one_function, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
+    attributes = {name: ir.StringAttr.get(value) for name, value in ONE_FUNCTION.items()}
+    results[0].owner.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+    return results[:len(jaxpr.out_avals)]
+
+
+@partial(jax.jit, static_argnames="jaxpr")
+def _run(*args, jaxpr):
+    return native_p.bind(*args, jaxpr=jaxpr)
+
+
+def _jvp(primals, tangents, *, jaxpr):
+    dots = [ad.instantiate_zeros(t) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0)
+            for p, t in zip(primals, tangents, strict=True)]
+    return jax.jvp(partial(_plain, jaxpr=jaxpr), primals, tuple(dots))
+
+
+def _batch(axis, args, dims, *, jaxpr):
+    lanes, mapped = batch_jaxpr2(jaxpr, axis, tuple(dims))
+    return _plain(*args, jaxpr=lanes), mapped
+
+
+native_p.def_impl(_run)
+native_p.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+mlir.register_lowering(native_p, mlir.lower_fun(_plain, multiple_results=True))
+mlir.register_lowering(native_p, _lower, platform="cpu")
+ad.primitive_jvps[native_p] = _jvp
+batching.fancy_primitive_batchers[native_p] = _batch
