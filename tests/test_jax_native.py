@@ -1,4 +1,4 @@
-"""Small loops as one native function on JAX: the same numbers as ordinary loops, and only where that is known to work."""
+"""Small loops as one native function on JAX: the numbers of ordinary loops, and only where that is known to work."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import sensitivity as sa
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+
 from sensitivity_jax import _native  # noqa: E402
 
 
@@ -103,7 +104,8 @@ def test_other_operations_stay_in_ordinary_loops(name):
 def test_many_numbers_stay_in_ordinary_loops():
     few = jax.make_jaxpr(lambda u: jnp.sum(u * u))(jnp.ones(_native.NUMBERS))
     many = jax.make_jaxpr(lambda u: jnp.sum(u * u))(jnp.ones(_native.NUMBERS + 1))
-    assert _native.known(few.jaxpr) and not _native.known(many.jaxpr)
+    assert _native.known(few.jaxpr)
+    assert not _native.known(many.jaxpr)
 
 
 def test_lanes_and_second_derivatives():

@@ -12,7 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 from jax import lax
 from jax._src.interpreters.batching import batch_jaxpr2
@@ -20,7 +20,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir
 from jaxlib.mlir import ir
 
-TESTED = jaxlib.__version__ in ("0.10.2",) and platform.machine() in ("x86_64", "AMD64")
+TESTED = jaxlib.version.__version__ in ("0.10.2",) and platform.machine() in ("x86_64", "AMD64")
 ONE_FUNCTION = {"xla_cpu_small_call": "true", "inlineable": "false"}
 NUMBERS = 2048  # XLA gives larger sums to a library, which such a function cannot call
 ARITHMETIC = frozenset(
