@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
 from sensitivity.backend import Contribution, Loops, Record
 
@@ -13,7 +12,7 @@ from ._ledger import LedgerLoops
 from ._log import Fold, Log, OpenLog, Rows, Sampler, Store, masked, scattered
 from ._marks import MarkLog, Marks, Pending, Taking
 from ._matrices import Matrices
-from ._typed import arrays, like
+from ._typed import arrays, like, once
 
 MASKED_SAVES = 64
 
@@ -38,13 +37,14 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
 
     def iterate(self, step, state, running, limit, sink=None):
         state = arrays(state)
-        traced = _once(step, state)
+        traced = once(step, state)
         if sink is None:
             def body(carry):
                 i, s = carry
                 return i + 1, select(active(running(s)), like(traced(s)[0], s), s)
 
-            _, state = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), body, lambda: (jnp.int32(0), state))
+            _, state = self._while(lambda c: any_lane(running(c[1])) & (c[0] < limit), body,
+                                   lambda: (jnp.int32(0), state))
             return state, None
         if isinstance(sink, Fold):
             return self._folded(traced, state, running, limit, sink)
@@ -349,57 +349,3 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
 
     def nothing(self, like):
         return jnp.zeros_like(like)
-
-
-class BoundedLoops(JaxLoops):
-    """Loops of a known length, which JAX can differentiate backwards; blocks of steps are skipped once done."""
-
-    block = 64
-
-    def iterate(self, step, state, running, limit, sink=None):
-        assert sink is not None
-        limit = min(limit, sink.capacity)
-        state = arrays(state)
-        traced = _once(step, state)
-        _, record, _ = traced.shapes
-
-        def attempt(s, _):
-            on = running(s)
-            new, record, keep = traced(s)
-            return select(on, like(new, s), s), (record, on & keep)
-
-        def run_block(s):
-            return lax.scan(attempt, s, None, length=self.block)
-
-        def skip(s):
-            zeros = jax.tree.map(lambda x: jnp.zeros((self.block, *x.shape), x.dtype), record)
-            return s, (zeros, jnp.zeros((self.block,), bool))
-
-        def outer(s, _):
-            return lax.cond(any_lane(running(s)), run_block, skip, s)
-
-        blocks = -(-limit // self.block)
-        state, (records, keep) = lax.scan(outer, state, None, length=blocks)
-        records, keep = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), (records, keep))
-        index = jnp.arange(keep.shape[0])
-        order = jnp.argsort(~keep, stable=True)
-        records = jax.tree.map(lambda x: x[order], records)
-        count = jnp.sum(keep, dtype=jnp.int32)
-        return state, sink.result(Log(records, index < count, count, jnp.maximum(count - 1, 0)))
-
-
-class _once:
-    """A step function traced once; later calls evaluate its jaxpr."""
-
-    def __init__(self, step, state):
-        closed, self.shapes = jax.make_jaxpr(lambda s: _typed(step(s)), return_shape=True)(state)
-        self.call = jaxpr_as_fun(closed)
-        self.tree = jax.tree.structure(self.shapes)
-
-    def __call__(self, state):
-        return jax.tree.unflatten(self.tree, self.call(*jax.tree.leaves(state)))
-
-
-def _typed(result):
-    state, record, keep = result
-    return arrays(state), arrays(record), jnp.asarray(keep, bool)
