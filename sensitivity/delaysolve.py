@@ -138,6 +138,9 @@ class Equation:
         for i in range(1, self.count):
             self.shortest = be.least(self.shortest, tau[i])
         self.far = s.t0 - self.shortest
+        self.longest = tau[0]
+        for i in range(1, self.count):
+            self.longest = be.greatest(self.longest, tau[i])
         # A time that f asks for is t - lag, rounded as f does it.
         largest = be.greatest(be.greatest(abs(s.t0), abs(s.t1)), abs(self.far))
         self.near = 64.0 * run.kind.setting.eps * largest
@@ -185,6 +188,10 @@ class Equation:
             stepper = stepper.within(self.x.rtol, self.atol, self.norm)
         return stepper.attempt(t, h, u, stepper.first(self.run.be.time(t), u))
 
+    def retake(self, log: Any, t: Scalar, h: Scalar, u: Array) -> tuple[Array, Array, Any]:
+        """A step that was accepted, once more."""
+        return self.attempt(log, inside(t, h), t, h, u)
+
     def first(self, t: Any, u: Array) -> Array:
         """`rhs` near the start, with the history in place of all delayed states."""
         be, k = self.run.be, self.count
@@ -208,6 +215,11 @@ class Equation:
         again = self.stepper.fsal * (attempts - 1)
         start = 0 if self.run.dt is not None or self.first_step is not None else 2
         return self.stepper.evaluations(attempts, True) + again + end.iterations + start
+
+    def again(self, taken: Any, iterations: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+        """How often `f` is evaluated in steps that are taken again, and their algebra."""
+        algebra = self.stepper.algebra(taken, iterations, self.run.controller.adaptive)
+        return self.stepper.evaluations(1, True) * taken + iterations, algebra
 
     def algebra(self, end: LoopState) -> tuple[Any, Any, Any]:
         """Jacobians, factorisations and linear solves."""
@@ -257,9 +269,9 @@ class State(Equation):
         return self.derivative(log, inside(record.t, record.h))(be.time(t), self.values(record, [t])[0, :])
 
 
-def march(eq: Equation) -> tuple[LoopState, Any, Any]:
-    """Integrate from t0 to t1; returns the last state, all accepted steps, and how often `f` was evaluated beside the
-    right-hand side."""
+def march(eq: Equation, sink: Any = None) -> tuple[LoopState, Any, Any]:
+    """Integrate from t0 to t1; returns the last state, all accepted steps or what `sink` kept of them, and how often
+    `f` was evaluated beside the right-hand side."""
     run, x, s, breaks, stepper, norm = eq.run, eq.x, eq.span, eq.breaks, eq.stepper, eq.norm
     be, controller = run.be, run.controller
     most = eq.shortest if run.dtmax is None else be.least(eq.shortest, run.dtmax)
@@ -308,12 +320,15 @@ def march(eq: Equation) -> tuple[LoopState, Any, Any]:
     status = be.choose(positive, int(RetCode.Success), int(RetCode.NonFinite))
     begin = LoopState(s.t0, h, eq.u0, None, controller.init(), 0.0, 0, 0, status)
     like = Record(s.t0, s.t0, eq.u0, be.xp.stack([0.0 * eq.u0] * stepper.stages))
-    (end, more), log = be.unfold(advance, (begin, 0), running, run.max_steps, run.capacity, like)
+    (end, more), log = be.unfold(advance, (begin, 0), running, run.max_steps, run.capacity, like, sink)
     if not controller.adaptive:
         bad = be.choose(be.isfinite(be.rms(end.u)), end.status, broken)
         end = end._replace(status=bad)
     short = (end.t < s.t1) & (end.status == int(RetCode.Success))
-    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), log, more
+    why: Any = int(RetCode.MaxSteps)
+    if sink is not None:
+        why = be.choose(be.overfull(log[0]), int(RetCode.Memory), why)
+    return end._replace(status=be.choose(short, why, end.status)), log, more
 
 
 class Starting(Stepper):
@@ -323,21 +338,28 @@ class Starting(Stepper):
         self.rhs, self.order = rhs, order
 
 
-def solve_forward(run: Run, x: Inputs) -> tuple[Outputs, Aux, Solved]:
-    """The forward solve of every algorithm; all accepted steps are kept, because later ones look at them."""
+def solve_forward(run: Run, x: Inputs, room: Callable | None = None) -> tuple[Outputs, Aux, Solved]:
+    """The forward solve of every algorithm; all accepted steps are kept, because later ones look at them, or what
+    there is `room(equation)` for."""
     be = run.be
     s = span(be, x.t0, x.t1)
     tau = run.kind.tau(be, run, x)
     eq = Equation(run, x, tau, s, break_points(run, x, tau, s))
-    end, log, _ = march(eq)
     stepper = eq.stepper
-    if run.saves == "steps":
-        u, ts = be.nodes(log, end.u, end.t)
-    elif run.saves is None:
+    ts = None if run.saves in (None, "steps") else save_times(run, x, s)
+    rows = sink = None
+    if room is not None:
+        sink = be.segments(room(eq), stepper, run.saves, ts, x.u0, run.capacity)
+    end, log, _ = march(eq, sink)
+    if sink is not None:
+        log, rows = log
+    if run.saves is None:
         u, ts = end.u[None, :], [end.t]
+    elif run.saves == "steps":
+        u, ts = be.nodes(log, end.u, end.t) if sink is None else be.node_rows(rows, log, end.u, end.t)
     else:
-        ts = save_times(run, x, s)
-        u = be.reached(be.sample(stepper.interpolate, log, ts, x.u0, 1.0), ts, end.t, 1.0)
+        rows = be.sample(stepper.interpolate, log, ts, x.u0, 1.0) if sink is None else rows
+        u = be.reached(rows, ts, end.t, 1.0)
     nodes = stages = mesh = None
     if run.dense:
         times, sizes, nodes, stages = be.stacked(log)

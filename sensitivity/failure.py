@@ -42,6 +42,9 @@ def failure(sol: Solution, run: Run, x: Inputs, aux: Aux, code: RetCode) -> Solv
         RetCode.Unstable: (f"the two solutions of the reversible pair came apart {where}",
                            "where the solution contracts at a rate a, their difference grows like exp(|a| t)",
                            "sensealg=RecursiveCheckpointAdjoint(), a smaller coupling=, or a shorter tspan"),
+        RetCode.Memory: (f"the budget of memory is too small for what later steps look back at {where}",
+                         "it has to hold the steps of one largest lag, those of one segment, and their cotangents",
+                         "memory= larger, looser tolerances, or RecursiveCheckpointAdjoint() without a budget"),
     }[code]
     if code in (RetCode.MaxSteps, RetCode.DtMin) and not run.method.implicit:
         why, fix = _stiff(sol, run, x, t, abs(h)) or (why, fix)

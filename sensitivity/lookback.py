@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .records import Array, Record, Scalar
+from .segments import Pending, Retaken, Room, Segments, cotangent, sink
 
 
 class Lookback:
@@ -57,20 +58,40 @@ class Lookback:
         return values
 
     def unfold(self, step: Callable, state: Any, running: Callable, limit: int, capacity: int,
-               like: Record) -> tuple[Any, Any]:
+               like: Record, sink: Any = None) -> tuple[Any, Any]:
         """Run `state, record, keep = step(state, log)` while `running(state)`; `log` holds the records kept so far.
 
-        At most `limit` attempts and `capacity` records; `like` shows what a record looks like.
+        At most `limit` attempts and `capacity` records; `like` shows what a record looks like. With a `sink` of
+        `segments`, the log keeps what that has room for, the loop ends where this is too little, and what comes back
+        in place of the log is `(kept, rows)`, as from `checkpoints`.
         """
         del like
-        log = self.store(capacity)  # type: ignore[attr-defined]
+        log = self.store(capacity) if sink is None else sink  # type: ignore[attr-defined]
         for _ in range(limit):
-            if not running(state) or len(log) == capacity:
+            if not running(state) or len(log) == capacity or self.overfull(log):
                 break
             state, record, keep = step(state, log)
             if keep:
                 log.add(record)
-        return state, log
+        return state, log if sink is None else sink.result()
+
+    def segments(self, room: Room, stepper: Any, saves: Any, ts: Any, u0: Array, capacity: int) -> Any:
+        """A sink for `unfold` that keeps the stretches of records that there is room for, and makes output `saves`."""
+        return sink(self, room, stepper, saves, ts, u0, capacity)
+
+    def overfull(self, log: Any) -> Any:
+        """Whether a log has no room for what later steps look at."""
+        return isinstance(log, Segments) and log.short
+
+    def retaking(self, kept: Any, retake: Callable) -> Any:
+        """What `segments` kept as a log for `collect`, which takes the steps that are missing again:
+        `retake(log, t, h, u) -> (u1, K, iterations)`."""
+        return Retaken(kept, retake)
+
+    def retaken(self, log: Any, extra: Any) -> tuple[Any, Any, Any]:
+        """What a `collect` of `retaking` leaves: steps taken again, their iterations, and cotangents of the times of
+        `sample_vjp`."""
+        return log.taken, log.iterations, self.recalled(log, extra)[1]  # type: ignore[attr-defined]
 
     def onward(self, body: Callable, state: Any, log: Any, like: Record) -> tuple[Any, Any]:
         """Fold `state, new = body(state, record, news)` over a log, oldest record first; the `new` form a log, `news`,
@@ -84,6 +105,8 @@ class Lookback:
 
     def locate(self, log: Any, t: Scalar) -> Any:
         """Number of the step that holds time `t`; the first one for earlier times."""
+        if isinstance(log, Retaken | Segments):
+            return max(bisect.bisect_right(log.t, t) - 1, 0)
         return max(bisect.bisect_right(log, t, key=_start) - 1, 0)
 
     def locate_end(self, log: Any, t: Scalar) -> Any:
@@ -96,10 +119,12 @@ class Lookback:
 
     def pending(self, log: Any, extra: Any = None) -> Any:
         """Room for one cotangent per record, with the contributions `extra` (of `nodes_vjp`) in it."""
+        if isinstance(log, Retaken):
+            return Pending(extra)
         out: list[Record | None] = [None] * len(log)
         for n, c in enumerate(extra or ()):
             if c is not None:
-                out[n] = Record(0.0, c.h, c.u, 0.0 * log[n].k if c.k is None else c.k)
+                out[n] = cotangent(c, log[n])
         return out
 
     def deposit(self, pending: Any, i: Any, skip: Any, contribution: Callable[[], Record]) -> Any:
@@ -110,11 +135,14 @@ class Lookback:
         return pending
 
     def collect(self, body: Callable, state: Any, log: Any, pending: Any) -> Any:
-        """Fold `state, pending = body(state, pending, record, ct)` over a log, newest record first."""
+        """Fold `state, pending = body(state, pending, record, ct, log)` over a log, newest record first; the `log` that
+        `body` gets has the records that this one may look at."""
+        if isinstance(log, Retaken):
+            return log.collect(body, state, pending)
         for n in reversed(range(len(log))):
             r = log[n]
-            ct = Record(0.0, 0.0, 0.0 * r.u, 0.0 * r.k) if pending[n] is None else pending[n]
-            state, pending = body(state, pending, r, ct)
+            ct = cotangent(None, r) if pending[n] is None else pending[n]
+            state, pending = body(state, pending, r, ct, log)
         return state
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from .ledger import LedgerLoops
 from .recompute import Pulled, Recall, Recomputing
 from .records import Array, Contribution, Mark, Record, Scalar
+from .segments import Retaken
 
 
 class Loops(LedgerLoops, Recomputing):
@@ -342,7 +343,7 @@ class Loops(LedgerLoops, Recomputing):
 
         `transpose(record, ts, ct_rows) -> (Contribution, [ct of each t])` is one step's pullback.
         """
-        if isinstance(log, Recall):
+        if isinstance(log, Recall | Retaken):
             groups = self._groups(log.kept.t, ts, direction)
             return Pulled(self, transpose, ts, ct, groups, len(log) - 1), None
         groups = self._groups([r.t for r in log], ts, direction)

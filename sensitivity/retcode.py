@@ -17,3 +17,4 @@ class RetCode(IntEnum):
     SimultaneousEvents = 8
     EventAtSaveTime = 9
     Unstable = 10
+    Memory = 11

@@ -207,8 +207,9 @@ def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, *
 
 
 def _budgets(run: Run) -> bool:
+    algorithm = RecursiveCheckpointAdjoint(memory=1)
     try:
-        RecursiveCheckpointAdjoint(memory=1).refuse(run)
+        (algorithm if run.kind is None else run.kind.algorithm(algorithm)).refuse(run)
     except UnsupportedCombination:
         return False
     return True

@@ -817,7 +817,6 @@ def test_what_else_does_not_go_with_delays():
         (lambda: sa.solve(prob, sa.Tsit5(), events=[sa.Event(lambda t, u, p: u[0])]), "events"),
         (lambda: sa.hessian(prob, sa.Tsit5(), lambda sol: sol.u.sum()), "DDEProblem"),
         (lambda: sa.solve(prob, sa.Tsit5(), events=sa.PresetTimes([0.7], lambda t, u, p: 0.5 * u)), "events"),
-        (lambda: sa.solve(prob, sa.Tsit5(), sensealg=sa.RecursiveCheckpointAdjoint(checkpoints=3)), "budget"),
         (lambda: sa.forward_sensitivities(prob.remake(lags=lambda t, u, p: [0.5]), sa.Tsit5(),
                                           sensealg=sa.RecursiveCheckpointAdjoint()), "depend on the state"),
         (lambda: sa.solve(prob.remake(lags=lambda t, u, p: [0.5]), sa.Tsit5(), sensealg=sa.ForwardADSensitivity()),

@@ -25,7 +25,7 @@ LARGEST = 40_000  # more slots than this would overflow the binomial numbers, an
 class Kept(NamedTuple):
     """Times and sizes of `count` steps, the newest step, and states with their slopes: slot `j` has state `step[j]`.
 
-    The last slot is a bin for what is not to be kept. `rows` is output, of which `done` rows are made.
+    The last slot is a bin for what is not to be kept. `rows` is the output, as `Rows` makes it.
     """
 
     t: Any
@@ -36,7 +36,6 @@ class Kept(NamedTuple):
     u: Any
     k: Any
     rows: Any
-    done: Any
 
 
 @cache
@@ -64,33 +63,77 @@ class Whole(NamedTuple):
         return log, None if self.sampler is None else self.sampler.result(log)
 
 
-class Checkpoints(NamedTuple):
-    """A sink as `plan` has it; `ts` are output times, "steps" or None."""
+class Rows(NamedTuple):
+    """Output made as the steps come by: at times `ts`, at the start of every step ("steps"), or none (None)."""
 
-    plan: Any
-    stepper: Any
+    interpolate: Any
     ts: Any
     u0: Any
     direction: Any
-    capacity: int
 
     def _sorted(self):
         order = jnp.argsort(self.direction * self.ts)
         return order, self.ts[order]
 
+    def start(self, record, capacity):
+        """The rows, and how many of them are made."""
+        rows = None
+        if isinstance(self.ts, str):
+            rows = jnp.zeros((capacity, *record.u.shape), record.u.dtype)
+        elif self.ts is not None:
+            rows = jnp.zeros((self.ts.shape[0], record.u.shape[0]), record.u.dtype)
+        return rows, jnp.int32(0)
+
+    def add(self, made, i, record, mine):
+        """The rows after step `i`, if it is `mine`."""
+        rows, done = made
+        put = lambda b, x, at: lax.dynamic_update_index_in_dim(b, x.astype(b.dtype), at, 0)  # noqa: E731
+        if isinstance(self.ts, str):
+            return put(rows, jnp.where(mine, record.u, rows[i]), i), done
+        if self.ts is None:
+            return made
+        _, ts = self._sorted()
+        end = self.direction * (record.t + record.h)
+
+        def inside(carry):
+            _, done = carry
+            return mine & (done < ts.shape[0]) & (self.direction * ts[jnp.minimum(done, ts.shape[0] - 1)] <= end)
+
+        def output(carry):
+            rows, done = carry
+            return put(rows, self.interpolate(record, [ts[done]])[0], done), done + 1
+
+        return lax.while_loop(inside, output, made)
+
+    def result(self, made, newest, count):
+        """All rows in the order of `ts`."""
+        made, done = made
+        if self.ts is None or isinstance(self.ts, str):
+            return made
+        order, ts = self._sorted()
+        # Round-off may leave a time at t1 behind the last node.
+        newest = newest._replace(h=jnp.where(count > 0, newest.h, 1.0).astype(newest.h.dtype))
+        rest = jax.vmap(lambda t: self.interpolate(newest, [t])[0])(ts)
+        rest = jnp.where(count > 0, rest, self.u0)
+        rows = jnp.where((jnp.arange(ts.shape[0]) < done)[:, None], made, rest)
+        return jnp.zeros_like(rows).at[order].set(rows)
+
+
+class Checkpoints(NamedTuple):
+    """A sink as `plan` has it; `rows` is the output."""
+
+    plan: Any
+    stepper: Any
+    rows: Rows
+    capacity: int
+
     def start(self, record):
-        n = record.u.shape[0]
         slots = min(self.plan.slots, self.capacity) + 2
         k = jax.eval_shape(self.stepper.entry, record)
         zeros = lambda x, *shape: jnp.zeros((*shape, *x.shape), x.dtype)  # noqa: E731
-        rows = None
-        if isinstance(self.ts, str):
-            rows = zeros(record.u, self.capacity)
-        elif self.ts is not None:
-            rows = jnp.zeros((self.ts.shape[0], n), record.u.dtype)
         return Kept(zeros(record.t, self.capacity), zeros(record.h, self.capacity), jnp.int32(0),
                     jax.tree.map(zeros, record), jnp.full(slots, -1, jnp.int32), zeros(record.u, slots),
-                    jax.tree.map(lambda x: zeros(x, slots), k), rows, jnp.int32(0))
+                    jax.tree.map(lambda x: zeros(x, slots), k), self.rows.start(record, self.capacity))
 
     def add(self, log, record, mine):
         i = log.count
@@ -99,38 +142,13 @@ class Checkpoints(NamedTuple):
         slot = jnp.asarray(np.minimum(_table(self.plan, self.capacity), bin_))[i]
         slot = jnp.where(mine & (slot >= 0), slot, bin_)
         k = jax.tree.map(lambda b, x: put(b, x, slot), log.k, self.stepper.entry(record))
-        log = log._replace(t=put(log.t, record.t, i), h=put(log.h, record.h, i), count=i + mine.astype(jnp.int32),
-                           newest=select(mine, like(record, log.newest), log.newest), k=k,
-                           step=put(log.step, jnp.where(slot == bin_, -1, i), slot), u=put(log.u, record.u, slot))
-        if isinstance(self.ts, str):
-            return log._replace(rows=put(log.rows, record.u, i))
-        if self.ts is None:
-            return log
-        _, ts = self._sorted()
-        end = self.direction * (record.t + record.h)
-
-        def inside(carry):
-            done, _ = carry
-            return mine & (done < ts.shape[0]) & (self.direction * ts[jnp.minimum(done, ts.shape[0] - 1)] <= end)
-
-        def output(carry):
-            done, rows = carry
-            return done + 1, put(rows, self.stepper.interpolate(record, [ts[done]])[0], done)
-
-        done, rows = lax.while_loop(inside, output, (log.done, log.rows))
-        return log._replace(rows=rows, done=done)
+        return log._replace(t=put(log.t, record.t, i), h=put(log.h, record.h, i), count=i + mine.astype(jnp.int32),
+                            newest=select(mine, like(record, log.newest), log.newest), k=k,
+                            step=put(log.step, jnp.where(slot == bin_, -1, i), slot), u=put(log.u, record.u, slot),
+                            rows=self.rows.add(log.rows, i, record, mine))
 
     def result(self, log):
-        kept = log._replace(rows=None, done=None)
-        if self.ts is None or isinstance(self.ts, str):
-            return kept, log.rows
-        order, ts = self._sorted()
-        # Round-off may leave a time at t1 behind the last node.
-        newest = log.newest._replace(h=jnp.where(log.count > 0, log.newest.h, 1.0).astype(log.newest.h.dtype))
-        rest = jax.vmap(lambda t: self.stepper.interpolate(newest, [t])[0])(ts)
-        rest = jnp.where(log.count > 0, rest, self.u0)
-        rows = jnp.where((jnp.arange(ts.shape[0]) < log.done)[:, None], log.rows, rest)
-        return kept, jnp.zeros_like(rows).at[order].set(rows)
+        return log._replace(rows=None), self.rows.result(log.rows, log.newest, log.count)
 
 
 class Pulled:
@@ -212,8 +230,9 @@ class Recall:
             self.ts_bar = jnp.zeros_like(output[1]).at[extra.order].set(output[1])
         return state
 
-    def forwards(self, u0):
+    def forwards(self, be, u0):
         """All steps in a log of their own."""
+        del be
         kept, stepper = self.kept, self.stepper
         capacity = kept.t.shape[0]
         room = room_for_stages(kept.newest.k, capacity)
@@ -284,7 +303,8 @@ class Recomputing:
             if saves not in (None, "steps"):
                 sampler = self.sampler(stepper.interpolate, ts, u0, direction, capacity, stepper.restage)
             return Whole(self.store(capacity), sampler)
-        return Checkpoints(plan, stepper, "steps" if saves == "steps" else ts, u0, direction, capacity)
+        rows = Rows(stepper.interpolate, "steps" if saves == "steps" else ts, u0, direction)
+        return Checkpoints(plan, stepper, rows, capacity)
 
     def recall(self, kept, stepper):
         return OpenLog(kept, stepper.restage) if isinstance(kept, Log) else Recall(kept, stepper)
@@ -293,7 +313,7 @@ class Recomputing:
         return (0, None) if isinstance(log, OpenLog) else (log.taken, log.ts_bar)
 
     def remade(self, log, u0):
-        return log.log if isinstance(log, OpenLog) else log.forwards(u0)
+        return log.log if isinstance(log, OpenLog) else log.forwards(self, u0)
 
     def node_rows(self, rows, log, end, t_end):
         if isinstance(log, Log):

@@ -6,8 +6,10 @@ from jax import lax
 
 from sensitivity.backend import Record
 
+from ._checkpoints import Rows as Output
 from ._lanes import active, any_lane, select
 from ._log import Log, OpenLog, Rows, append, scattered
+from ._segments import Retaken, Segments, Sink
 from ._typed import arrays, like
 
 
@@ -38,8 +40,10 @@ class JaxLookback:
     def add_at(self, values, i, x):
         return values.at[i].add(x)
 
-    def unfold(self, step, state, running, limit, capacity, like_record):
+    def unfold(self, step, state, running, limit, capacity, like_record, sink=None):
         state = arrays(state)
+        if sink is not None:
+            return self._unfold_into(sink, step, state, running, limit, capacity, arrays(like_record))
 
         def start():
             buffers = jax.tree.map(lambda x: jnp.zeros((capacity, *jnp.shape(x)), jnp.result_type(x)), like_record)
@@ -58,6 +62,34 @@ class JaxLookback:
 
         _, state, log = self._while(more, attempt, start)
         return state, OpenLog(log, None)
+
+    def _unfold_into(self, sink, step, state, running, limit, capacity, record):
+        def attempt(carry):
+            i, s, log = carry
+            on = running(s) & ~log.short
+            new, record, keep = step(s, log)
+            new = select(on, like(arrays(new), s), s)
+            return i + 1, new, sink.add(log, arrays(record), jnp.asarray(keep, bool) & on)
+
+        def more(carry):
+            i, s, log = carry
+            return any_lane(running(s) & ~log.short & (log.count < capacity)) & (i < limit)
+
+        _, state, log = self._while(more, attempt, lambda: (jnp.int32(0), state, sink.start(record)))
+        return state, sink.result(log)
+
+    def segments(self, room, stepper, saves, ts, u0, capacity):
+        rows = Output(stepper.interpolate, "steps" if saves == "steps" else ts, u0, 1.0)
+        return Sink(room.records, capacity, room.span, rows)
+
+    def overfull(self, log):
+        return log.short
+
+    def retaking(self, kept, retake):
+        return Retaken(kept, retake)
+
+    def retaken(self, log, extra):
+        return log.taken, log.iterations, log.ts_bar
 
     def onward(self, body, state, log, like_record):
         opened, log = log, log.log
@@ -78,6 +110,8 @@ class JaxLookback:
         return state, OpenLog(log._replace(records=buffers), None)
 
     def locate(self, log, t):
+        if isinstance(log, Segments):
+            return log.locate(t)
         return self._locate(log.log, jnp.reshape(t, (1,)), 1.0)[0]
 
     locate_end = locate
@@ -86,24 +120,28 @@ class JaxLookback:
         return log.record(i)
 
     def pending(self, log, extra=None):
+        if isinstance(log, Retaken):
+            return log.pending(extra)
         zeros = jax.tree.map(jnp.zeros_like, log.log.records)
         if extra is None:
             return zeros
         extra = scattered(extra, log.log.keep.shape[0]) if isinstance(extra, Rows) else extra
-        return Record(zeros.t, extra.h, extra.u, zeros.k if extra.k is None else extra.k)
+        return Record(extra.t, extra.h, extra.u, zeros.k if extra.k is None else extra.k)
 
     def deposit(self, pending, i, skip, contribution):
         del skip
         return jax.tree.map(lambda b, x: b.at[i].add(jnp.asarray(x, b.dtype)), pending, contribution())
 
     def collect(self, body, state, log, pending):
+        if isinstance(log, Retaken):
+            return log.collect(body, state, pending)
         state = arrays(state)
 
         def back(carry):
             i, s, ct = carry
             i = i - 1
             mine = Record(*(lax.dynamic_index_in_dim(b, i, 0, False) for b in ct))
-            new = body(s, ct, log.record(i), mine)
+            new = body(s, ct, log.record(i), mine, log)
             s, ct = select(active(log.log.keep[i]), like(arrays(new), (s, ct)), (s, ct))
             return i, s, ct
 

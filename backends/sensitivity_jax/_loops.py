@@ -12,6 +12,7 @@ from ._ledger import LedgerLoops
 from ._log import Fold, Log, OpenLog, Rows, Sampler, Store, masked, scattered
 from ._marks import MarkLog, Marks, Pending, Taking
 from ._matrices import Matrices
+from ._segments import Retaken
 from ._typed import arrays, like, once
 
 MASKED_SAVES = 64
@@ -245,7 +246,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         if isinstance(log, MarkLog):
             order = jnp.argsort(-direction * ts)
             return Pending(transpose, ts[order], ct[order], direction, log.records.t[0]), None
-        if isinstance(log, Recall):
+        if isinstance(log, Recall | Retaken):
             return Pulled(transpose, ts, ct, self._slots(log.kept.t, log.kept.count, ts, direction)), None
         opened, (log, _) = log, log
         slots = self._locate(log, ts, direction)
@@ -271,7 +272,7 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
         return jnp.where((index >= n - 1)[:, None], end, u), jnp.where(index >= n - 1, t_end, t)
 
     def nodes_vjp(self, log, ct):
-        if isinstance(log, Recall):
+        if isinstance(log, Recall | Retaken):
             return self._node_starts(log, ct)
         log = log.log
         order = jnp.argsort(~log.keep, stable=True)

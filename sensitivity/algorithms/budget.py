@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint import Plan
 from ..errors import InputError
 from ..integrate import Run, evaluations, integrate, span
+from ..segments import Room
 from ..system import Inputs
 from . import base
 
@@ -77,6 +78,29 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
                          f"pulling back one step needs {AT_WORK * step + 2 * state} bytes",
                          f"memory={AT_WORK * step + 10 * state} or more")
     return Plan(room // state - 1, steps, room // step)
+
+
+def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memory: Any) -> Room:
+    """How much a solve that looks back keeps: `checkpoints` stretches of steps, or what fits into `memory`, where a step
+    counts twice, for itself and for the cotangent that may wait with it; and once more where loops are compiled, as
+    the reverse pass then works on a copy of what it was handed.
+
+    Raises
+    ------
+    InputError
+        The memory does not even hold what three steps need.
+    """
+    budget = size(memory)
+    if budget is None:
+        return Room(None, slots(checkpoints), longest)
+    vector = x.u0.shape[0] * run.be.xp.finfo(x.u0.dtype).bits // 8
+    step = (stepper.stages + 1) * vector
+    records = (budget - AT_WORK * step) // ((3 if run.be.traced else 2) * step)
+    if records < 3:
+        raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
+                         f"pulling back one step needs {(AT_WORK + 9) * step} bytes",
+                         f"memory={(AT_WORK + 100) * step} or more")
+    return Room(records, None, longest)
 
 
 def _known_steps(run: Run, x: Inputs) -> int | None:

@@ -39,7 +39,7 @@ from ..errors import TimesError, UnsupportedCombination
 from ..integrate import Run, Span, span
 from ..stepper import Adjoint
 from ..system import Inputs
-from . import base, discrete
+from . import base, budget, discrete
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,29 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
     events: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
 
+    def refuse(self, run: Run) -> None:
+        if not self.budgeted:
+            return
+        if self.spill is not False:
+            raise base.unsupported(f"{self.name}(spill={self.spill!r})", "a delay equation, whose steps look back at "
+                                   "whole steps and not at states", 'RecursiveCheckpointAdjoint(memory="2GB")')
+        if run.dense:
+            raise base.unsupported(f"{self.name} with a budget", "dense=True, which keeps every step",
+                                   "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
+        if run.kind.dependent:
+            raise base.unsupported(f"{self.name} with a budget", "lags that depend on the state: how far later steps "
+                                   "look back is not known before", "RecursiveCheckpointAdjoint()")
+        if run.be.traced and self.checkpoints is not None:
+            raise base.unsupported(f"{self.name}(checkpoints={self.checkpoints}) of a delay equation",
+                                   f"{run.be.name}, whose compiled loops have to know beforehand how many steps a lag "
+                                   "is long", 'RecursiveCheckpointAdjoint(memory="200MB")')
+
+    def room(self, eq: Equation) -> Any:
+        """What a solve within a budget may keep."""
+        return budget.room(eq.run, eq.x, eq.stepper, eq.longest, self.checkpoints, self.memory)
+
     def plain(self, run: Run, x: Inputs) -> tuple[base.Outputs, base.Aux]:
-        out, aux, _ = solve_forward(run, x)
+        out, aux, _ = solve_forward(run, x, self.room if self.budgeted else None)
         return out, aux
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> tuple[base.Outputs, base.Aux, base.Solved]:
@@ -58,17 +79,24 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
             raise base.unsupported(self.name, "derivatives of sol(t) of a delay equation, whose steps move",
                                    "the same, with the times in saveat=")
         refuse_ambiguous(run, x, wanted)
-        return solve_forward(run, x)
+        return solve_forward(run, x, self.room if self.budgeted else None)
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, kind = run.be, run.kind
         x, log, end, s, tau, breaks, params = reopened(run, residuals, wanted)
         timed = base.times_wanted(wanted) or (params and kind.moving)
         eq = Equation(run, x, tau, s, breaks)
-        lam, pending, ts_bar = seeded(eq, log, ct)
+        log = be.retaking(log, eq.retake) if self.budgeted else log
+        lam, extra, ts_bar = seeded(eq, log, ct)
         sweep = _Moving(eq, log, timed, params)
         theta = be.zeros(x.theta) if params else ()
-        lam, theta, nodes_bar = be.collect(sweep.back, (lam, theta, be.blank(breaks.times)), log, pending)
+        lam, theta, nodes_bar = be.collect(sweep.back, (lam, theta, be.blank(breaks.times)), log,
+                                            be.pending(log, extra))
+        nfe, algebra = 0, (0, 0, 0)
+        if self.budgeted:
+            taken, iterations, bars = be.retaken(log, extra)
+            nfe, algebra = eq.again(taken, iterations)
+            ts_bar = bars if ts_bar is None else ts_bar
         t0_bar = t1_bar = 0.0
         if timed:
             moved = be.vector(nodes_bar, breaks.rows) @ breaks.rows
@@ -76,11 +104,16 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
             if params and kind.moving:
                 theta = be.add(theta, through_lags(run, x, moved[2:]))
             t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0, end.status)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), nfe, end.status,
+                               algebra=algebra)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
         from .delaytangent import tangent
 
+        if self.budgeted:
+            x, log, _, s, tau, breaks, _ = reopened(run, residuals, frozenset())
+            log = run.be.retaking(log, Equation(run, x, tau, s, breaks).retake)
+            residuals = residuals._replace(log=run.be.remade(log, x.u0))
         return tangent(run, residuals, d)
 
 
@@ -104,23 +137,15 @@ def reopened(run: Run, residuals: base.Solved, wanted: frozenset[str]) -> Reopen
 
 
 def seeded(eq: Equation, log: Any, ct: base.Outputs) -> tuple[Array, Any, Any]:
-    """Cotangents of the outputs as those of the end state, of the steps, and of the save times."""
+    """Cotangents of the outputs as those of the end state, what they are of the steps, and of the save times."""
     run, x, be = eq.run, eq.x, eq.run.be
     if run.saves is None:
-        return ct.u[0, :], be.pending(log), None
+        return ct.u[0, :], None, None
     if run.saves == "steps":
         extra, lam = be.nodes_vjp(log, ct.u)
-        return lam, be.pending(log, extra), None
-    transpose = eq.stepper.interpolate_vjp(True)
-
-    def put(pending: Any, item: tuple) -> tuple[Any, Any]:
-        t, row = item
-        index = be.locate_end(log, t)
-        out, (t_bar,) = transpose(be.record(log, index), [t], row[None, :])
-        return be.deposit(pending, index, False, lambda: Record(-t_bar, out.h, out.u, out.k)), t_bar
-
-    pending, ts_bar = be.scan(put, be.pending(log), (base.save_times(run, x, eq.span), ct.u))
-    return 0.0 * x.u0, pending, ts_bar
+        return lam, extra, None
+    extra, ts_bar = be.sample_vjp(eq.stepper.interpolate_vjp(True), log, base.save_times(run, x, eq.span), ct.u, 1.0)
+    return 0.0 * x.u0, extra, ts_bar
 
 
 class Sweep:
@@ -197,7 +222,8 @@ class Sweep:
 class _Moving(Sweep):
     """The sweep on a mesh that moves with the break points."""
 
-    def back(self, state: tuple, pending: Any, record: Record, ct: Record) -> tuple[tuple, Any]:
+    def back(self, state: tuple, pending: Any, record: Record, ct: Record, log: Any) -> tuple[tuple, Any]:
+        self.log = log
         lam, theta, nodes_bar = state
         t, h, _, _ = record
         bar, pending = self.through(record, ct, lam, theta, pending, inside(t, h))

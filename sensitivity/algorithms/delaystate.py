@@ -48,10 +48,11 @@ class RecursiveCheckpointAdjoint(delay.RecursiveCheckpointAdjoint):
         x, (log, crossings), end, _ = residuals
         params = "theta" in wanted and bool(x.theta)
         eq = Dependent(run, x)
-        lam, pending, ts_bar = delay.seeded(eq, log, ct)
+        lam, extra, ts_bar = delay.seeded(eq, log, ct)
         sweep = _Sweep(eq, log, crossings, params)
         theta = be.zeros(x.theta) if params else ()
-        lam, theta, t0_bar, t1_bar = be.collect(sweep.back, (lam, theta, 0.0, 0.0), log, pending)
+        lam, theta, t0_bar, t1_bar = be.collect(sweep.back, (lam, theta, 0.0, 0.0), log,
+                                                be.pending(log, extra))
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar, t1_bar)
         return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, sweep.products(end.accepted), 0,
                                end.status)
@@ -73,7 +74,8 @@ class _Sweep(delay.Sweep):
         lags = run.kind.as_field(run, LagField.of(run))
         self.lag_pull = run.vjp.pullback(lags, x._replace(u0=_roomy(run, x.u0, eq.count)), time=True, params=params)
 
-    def back(self, state: tuple, pending: Any, record: Record, ct: Record) -> tuple[tuple, Any]:
+    def back(self, state: tuple, pending: Any, record: Record, ct: Record, log: Any) -> tuple[tuple, Any]:
+        del log
         be, eq, c = self.run.be, self.eq, self.crossings
         lam, theta, later, t1_bar = state
         t, h, u, K = record

@@ -42,7 +42,8 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         every accepted step.
     memory : str or int, optional
         A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else as
-        many states as fit. Not counted are 16 bytes for each step, the output and the gradient itself.
+        many states as fit. Not counted are 16 bytes for each step, the output and the gradient itself. Of a delay
+        equation, stretches of history are kept in place of states, see `sensitivity.segments`.
     spill : bool or path
         Put the states into a memory-mapped file, in this folder or in the system's own, which is deleted when nothing
         needs it any more; every step is then taken again once. For NumPy and PyTorch.
@@ -60,8 +61,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
         several of them are given.
     UnsupportedCombination
-        A budget with `dense=True`, events or a method that is not explicit; `spill` on a backend that compiles its
-        loops.
+        A budget with `dense=True`, events or a method that is not explicit (for a delay equation it may be implicit);
+        `spill` on a backend that compiles its loops. For a delay equation also `spill`, lags that depend on the
+        state, and `checkpoints` on a backend that compiles its loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
@@ -102,7 +104,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         return effort.within(w) if self.budgeted else effort
 
     def refuse(self, run: Run) -> None:
-        if self.budgeted and run.kind is not None and run.kind.name != "sde":
+        if self.budgeted and run.kind is not None and run.kind.name not in ("sde", "dde"):
             raise base.unsupported(f"{self.name} with a budget", "a problem that is not an ODEProblem or SDEProblem",
                                    "RecursiveCheckpointAdjoint()")
         if self.budgeted and (run.method.implicit or not run.method.one_step):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ..backend import Record
+from ..segments import Room
 from .harness import Harness
 
 
@@ -74,7 +76,7 @@ def check_collect(h: Harness) -> None:
     index = be.locate(log, be.scalar(h.array(2.1)))
     pending = be.deposit(be.pending(log), index, be.truth(False), lambda: left(be.record(log, index), 3.0))
 
-    def body(state: Any, pending: Any, record: Record, ct: Record) -> tuple[Any, Any]:
+    def body(state: Any, pending: Any, record: Record, ct: Record, log: Any) -> tuple[Any, Any]:
         at = be.locate(log, record.t - 0.9)
         old = record.t - 0.9 < 0.0
         pending = be.deposit(pending, at, old, lambda: left(record, be.choose(old, 0.0, 2.0)))
@@ -116,6 +118,56 @@ def check_onward(h: Harness) -> None:
     h.close(got, want[-1], 1e-14, "onward")
     for n, (start, _, _) in enumerate(kept):
         h.close(be.record(news, be.locate(log, be.scalar(h.array(start + 0.1)))).u, want[n], 1e-14, f"record {n}")
+
+
+def check_segments(h: Harness) -> None:
+    """A log with room for some records hands `collect` the same ones, taken again where they are missing, and the same
+    cotangents; the steps taken are those of the segments' gaps and the one before each."""
+    be, end, span = h.be, 20.0, 0.7
+
+    def seen(log: Any, t: Any, like: Any) -> Any:
+        return be.either(t - span < 0.0, lambda: 0.0 * like, lambda: be.record(log, be.locate(log, t - span)).u)
+
+    def retake(log: Any, t: Any, size: Any, u: Any) -> tuple[Any, Any, Any]:
+        past = seen(log, t, u)
+        return u + size * (be.vector([0.1 * t, 1.0 + 0.0 * t], u) - 0.9 * past), be.xp.stack([past, u]), 2
+
+    def step(s: Walk, log: Any) -> tuple[Walk, Record, Any]:
+        u, k, _ = retake(log, s.t, 0.5 + 0.0 * s.t, s.u)
+        return Walk(s.t + 0.5, u), Record(s.t, 0.5 + 0.0 * s.t, s.u, k), be.truth(True)
+
+    def body(state: Any, pending: Any, record: Record, ct: Record, log: Any) -> tuple[Any, Any]:
+        old = record.t - span < 0.0
+        at = be.locate(log, record.t - span)
+        weight = be.choose(old, 0.0, 0.3)
+        pending = be.deposit(pending, at, old, lambda: Record(
+            weight + 0.0 * record.t, 0.0 * record.t, weight * state, 0.0 * record.k))
+        return 0.5 * state + ct.u + be.vector([ct.t, record.t], ct.u) * record.k[0, :], pending
+
+    zero, like = be.scalar(h.array(0.0)), h.array([[0.0, 0.0], [0.0, 0.0]])
+    first = Walk(zero, h.array([1.0, 0.0]))
+    example = Record(zero, zero, first.u, like)
+    stepper: Any = SimpleNamespace(interpolate=None, restage=None)
+    one = h.array([1.0, -2.0])
+    end_state, whole = be.unfold(step, first, lambda s: s.t < end, 100, 60, example)
+    want = be.collect(body, one, whole, be.pending(whole))
+    # 40 steps, of which one looks two back. With segments of eight, five starts and two more before four of them, the
+    # newest three and the longest segment are 24 records. Of a segment five steps are missing, of the newest four.
+    for records, taken in ((60, 0.0), (26, 4 * 6.0 + 5.0), (9, None)):
+        sink = be.segments(Room(records, None, be.scalar(h.array(span))), stepper, None, None, first.u, 60)
+        last, (kept, _) = be.unfold(step, first, lambda s: s.t < end, 100, 60, example, sink)
+        h.close(be.overfull(kept), float(taken is None), 0.0, f"{records} records are too few")
+        if taken is None:
+            continue
+        log = be.retaking(kept, retake)
+        h.close(be.collect(body, one, log, be.pending(log)), want, 1e-14, f"collect with {records} records")
+        steps, iterations, _ = be.retaken(log, None)
+        h.close(steps, taken, 0.0, "steps taken again")
+        h.close(iterations, 2.0 * taken, 0.0, "their iterations")
+        again = be.remade(be.retaking(kept, retake), first.u)
+        h.close(be.record(again, be.locate(again, last.t)).k, be.record(whole, be.locate(whole, last.t)).k, 1e-15,
+                "the newest step, taken again with all before it")
+        h.close(last, list(end_state), 0.0, "the end")
 
 
 def check_lookups(h: Harness) -> None:
