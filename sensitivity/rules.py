@@ -207,9 +207,10 @@ def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, *
 
 
 def _budgets(run: Run) -> bool:
-    algorithm = RecursiveCheckpointAdjoint(memory=1)
+    algorithm: Any = RecursiveCheckpointAdjoint(memory=1)
     try:
-        (algorithm if run.kind is None else run.kind.algorithm(algorithm)).refuse(run)
+        algorithm = algorithm if run.kind is None else run.kind.algorithm(algorithm)
+        algorithm.refuse(run)
     except UnsupportedCombination:
         return False
     return True

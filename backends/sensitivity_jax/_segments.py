@@ -73,7 +73,7 @@ class Segments(NamedTuple):
                              step=self.step.at[slot].set(-1), used=self.used - out.astype(jnp.int32))
 
     def full(self):
-        return (self.used + jnp.minimum(self.every, self.count) >= self.step.shape[0] - 1) & ~self.short
+        return (self.used + jnp.minimum(self.every, self.count) >= self.step.shape[0]) & ~self.short
 
     def widened(self):
         """Segments twice as long."""
@@ -94,7 +94,7 @@ class Sink(NamedTuple):
     rows: Rows
 
     def start(self, record):
-        slots = min(self.records, self.capacity + 2) + 1
+        slots = min(self.records, self.capacity + 2)
         zeros = lambda x, *shape: jnp.zeros((*shape, *x.shape), x.dtype)  # noqa: E731
         none, one = jnp.int32(0), jnp.int32(1)
         return Segments(jnp.full(self.capacity, jnp.inf, record.t.dtype), zeros(record.h, self.capacity),

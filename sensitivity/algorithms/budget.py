@@ -81,9 +81,9 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
 
 
 def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memory: Any) -> Room:
-    """How much a solve that looks back keeps: `checkpoints` stretches of steps, or what fits into `memory`, where a step
-    counts twice, for itself and for the cotangent that may wait with it; and once more where loops are compiled, as
-    the reverse pass then works on a copy of what it was handed.
+    """How much a solve that looks back keeps: `checkpoints` stretches of steps, or what fits into `memory`. There
+    a step counts twice, for itself and for the cotangent that may wait with it; and once more where loops are
+    compiled, as the reverse pass then works on a copy of what it was handed.
 
     Raises
     ------
