@@ -151,6 +151,8 @@ SLOW_ON_JAX = (
     "lag_by_stiff_methods",
     "in_a_running_cost",
     "test_sensitivities_on_the",
+    "inside_f[jax-I",
+    "inside_f[jax-b",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

@@ -162,10 +162,11 @@ def test_lanes_and_tangents_on_jax(jax_lab):
         return (sa.solve(prob.remake(p=p), sa.BS3(), rtol=1e-3, max_steps=120, sensealg=sensealg).u**3).sum()
 
     p = jnp.asarray(P) * jnp.asarray([[1.0], [1.3]])
-    few, whole = (jax.jit(jax.vmap(jax.grad(lambda p, s=s: total(p, s))))(p) for s in (KEEP(memory=memory_for(36, 4, 3)), KEEP()))
+    budget = KEEP(memory=memory_for(36, 4, 3))
+    few, whole = (jax.jit(jax.vmap(jax.grad(lambda p, s=s: total(p, s))))(p) for s in (budget, KEEP()))
     np.testing.assert_allclose(few, whole, rtol=1e-12)
     d = jnp.asarray([0.3, -1.0, 0.5, 0.1, 0.2])
-    tangent = jax.jit(lambda p: jax.jvp(lambda p: total(p, KEEP(memory=memory_for(36, 4, 3))), (p,), (d,))[1])(p[0])
+    tangent = jax.jit(lambda p: jax.jvp(lambda p: total(p, budget), (p,), (d,))[1])(p[0])
     np.testing.assert_allclose(tangent, few[0] @ d, rtol=1e-11)
 
 
