@@ -103,5 +103,5 @@ def test_the_truth_is_the_derivative_of_the_loss(numpy_lab):
 
     assert at(0.0) == pytest.approx(value, rel=1e-14)
     difference = (8 * (at(e) - at(-e)) - (at(2 * e) - at(-2 * e))) / (12 * e)
-    # The last step of each piece takes up its length, where the adjoint moves all: they differ by an error of the steps.
+    # The last step of each piece takes up its length, where the adjoint moves all: an error of the steps apart.
     assert u0 @ d[:2] + p @ d[2:] == pytest.approx(difference, rel=1e-5)
