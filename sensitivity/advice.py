@@ -84,7 +84,8 @@ class Advice:
         """The line to paste; it expects `prob` and `loss`."""
         words = [f"wrt={self.wrt!r}"] if self.wrt is not None else []
         words += [f"{k}={v!r}" if isinstance(v, int | float | str) else f"{k}={k}" for k, v in self.options.items()]
-        return ", ".join([f"sa.gradient(prob, {spelled(self.alg)}, loss", f"sensealg={spelled(self.sensealg)}",
+        call = "gradient" if self.facts.order == 1 else "hessian"
+        return ", ".join([f"sa.{call}(prob, {spelled(self.alg)}, loss", f"sensealg={spelled(self.sensealg)}",
                           *words]) + ")"
 
     @property

@@ -10,12 +10,14 @@ from typing import Any
 from .advice import Advice, Candidate, spelled
 from .algorithms import budget
 from .algorithms.base import bound
+from .algorithms.second_order import ForwardOverAdjoint
 from .choose import auto, choose, suggested
 from .ensemble import EnsembleProblem
 from .errors import InputError, SensitivityWarning, SolveError, UnsupportedCombination
 from .estimates import Work, estimate
 from .fieldfacts import field_facts, plain
 from .gradient import checked_names
+from .hessians import choose_again
 from .integrate import Run
 from .methods import Kvaerno5, Rodas5P, Tsit5
 from .probe import through_ad
@@ -23,6 +25,7 @@ from .problems import DDEProblem
 from .registry import algorithms
 from .retcode import RetCode
 from .rules import Facts, facts, remark, rules
+from .second import refuse_second
 from .solve import prepare_options, solve
 from .stiffness import DENSE, POINTS, Probes, placed, probed
 from .system import Inputs
@@ -30,7 +33,7 @@ from .trust import checked_once
 
 
 def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = False, memory: Any = None,
-           wrt: Any = None, dloss: Any = None, **options: Any) -> Advice:
+           wrt: Any = None, dloss: Any = None, order: int = 1, **options: Any) -> Advice:
     """What `sensealg=auto` takes for this problem, why, and what the others would cost.
 
     The problem is solved once or twice, and `f` is evaluated at a few states to see how stiff it is.
@@ -48,6 +51,8 @@ def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = Fals
         What may be kept for a gradient: bytes, or "200MB".
     wrt, dloss
         As for `gradient`.
+    order : int
+        2 for second derivatives, those of `hessian` and `hessian_vector_product`.
     options
         The keywords of `solve`.
 
@@ -59,12 +64,20 @@ def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = Fals
     Raises
     ------
     InputError
-        The problem is an ensemble: ask for one member.
+        The problem is an ensemble: ask for one member; or `order` is neither 1 nor 2.
+    UnsupportedCombination
+        Second derivatives of this problem are not there, or are to be measured.
     SolveError
         The problem cannot be solved with these options.
     """
     if isinstance(prob, EnsembleProblem):
         raise InputError("prob is an EnsembleProblem", "its members are solved alike", "sa.advise(ensemble.prob, ...)")
+    if order not in (1, 2):
+        raise InputError(f"order={order!r} is neither 1 nor 2", "it is that of the derivatives",
+                         "order=2 for a Hessian")
+    if order == 2 and measure:
+        raise UnsupportedCombination("second derivatives are not measured", "measure=True makes gradients",
+                                     "sa.check_gradient, or advise(..., order=2) without measure")
     names = checked_names(wrt)
     by_ad = through_ad(prob, auto, names)
     limit = budget.size(memory)
@@ -76,12 +89,17 @@ def advise(prob: Any, alg: Any = None, *, loss: Any = None, measure: bool = Fals
             names = ("u0",)
         wanted = frozenset("theta" if name == "p" else name for name in names)
         usual, bound_run = choose(run, x, auto, wanted=wanted)
+        if order == 2:
+            refuse_second(ForwardOverAdjoint(), run, wanted)
+            bound_run = replace(bound_run, vjp=choose_again(run, x)[0])
         work = _work(replace(run, vjp=bound_run.vjp), x, sol)
         more = {"memory": memory, "limit": limit, "kept": float(work.stored * _itemsize(run, x)),
-                "digits": None if probes is None else probes.digits}
+                "digits": None if probes is None else probes.digits, "steps": _number(sol.stats.naccept),
+                "order": order}
         known = facts(run, x, bound_run.vjp, wanted, **more)
         rule, taken = suggested(run, x, bound_run.vjp, wanted, **more)
-        taken = replace(taken, vjp=bound_run.vjp, because=(rule.because, usual.because[-1]))
+        why = usual.because[-1] if order == 1 else choose_again(run, x)[1]
+        taken = replace(taken, vjp=bound_run.vjp, because=(rule.because, why))
         if hasattr(taken, "jvp"):
             taken = replace(taken, jvp=bound_run.vjp)
         table = _table(run, x, known, rule, taken, work)
@@ -166,6 +184,11 @@ def _work(run: Run, x: Inputs, sol: Any) -> Work:
                 run.method.implicit, run.vjp.extra(run), saves)
 
 
+def _number(count: Any) -> int | None:
+    """A count of the forward solve, where it is known."""
+    return None if count is None else int(count)
+
+
 def _itemsize(run: Run, x: Inputs) -> int:
     return run.be.xp.finfo(x.u0.dtype).bits // 8 * (2 if run.be.is_complex(x.u0) else 1)
 
@@ -195,11 +218,13 @@ def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, ru
     """One row; a refusal is told in its own words."""
     try:
         ready, _ = choose(run, x, algorithm, verify=False, wanted=known.wanted)
+        if known.order == 2:
+            refuse_second(ready, run, known.wanted or frozenset())
     except UnsupportedCombination as e:
         return Candidate(algorithm, "ruled out", str(e))
     if not algorithm.boundary and run.be.opaque and (lost := checked_once(run, x)):
         return Candidate(algorithm, "ruled out", lost, "untraced")
-    cost = estimate(algorithm, work, _itemsize(run, x))
+    cost = estimate(algorithm, work, _itemsize(run, x)) if known.order == 1 else None
     if rule is not None:
         return Candidate(algorithm, "chosen", rule.because, rule.id, cost)
     said = remark(known, ready)

@@ -47,6 +47,7 @@ class BlackBox(Method):
     """
 
     one_step: ClassVar[bool] = False
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
     adaptive: ClassVar[bool] = True
 
     @property

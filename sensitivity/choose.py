@@ -9,10 +9,10 @@ from .algorithms.base import bound, unsupported
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .mass import check_index
-from .rules import Rule, facts, selected
+from .rules import PRODUCT_RULES, Rule, Source, facts, selected
 from .system import Inputs
 from .trust import checked_once
-from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
+from .vjp import VJP, ReverseVJP, UserVJP
 
 
 class _Auto:
@@ -46,7 +46,7 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
         own = _products(run, x, verify)
         rule, sensealg = suggested(run, x, own[0], wanted)
         because = (rule.because,)
-    elif sensealg.exact and not run.method.one_step:
+    elif "stages" in sensealg.needs and not run.method.one_step:
         raise UnsupportedCombination(f"{sensealg.name} cannot differentiate {run.method.name}",
                                      "it needs the stages of each step, and the method keeps them to itself",
                                      "sensealg=GaussAdjoint(), InterpolatingAdjoint() or ForwardSensitivity()")
@@ -64,6 +64,7 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
         raise UnsupportedCombination(f"{sensealg.name} does not go with events", "it has no jump conditions for them",
                                      "sensealg=RecursiveCheckpointAdjoint()")
     sensealg.refuse(run)
+    _check_device(run, x, sensealg, vjp)
     if run.mass is not None:
         if not sensealg.algebraic:
             raise unsupported(sensealg.name, "a singular mass matrix",
@@ -85,6 +86,17 @@ def _products(run: Run, x: Inputs, verify: bool) -> tuple[VJP, str]:
     return choose_vjp(at[0], at[1], verify)
 
 
+def _check_device(run: Run, x: Inputs, *parts: Any) -> None:
+    """Refuse what does not run where the arrays are."""
+    device = run.be.device(x.u0)
+    kind = "cpu" if device is None or "cpu" in str(device).lower() else "gpu"
+    for part in (run.method, *parts):
+        if kind not in part.devices:
+            raise UnsupportedCombination(f"{part.name} does not run on {device}",
+                                         f"it is for {' and '.join(sorted(part.devices))}",
+                                         "move the arrays, or choose another one")
+
+
 def _check_index(run: Run, x: Inputs) -> None:
     """Refuse what is no index-1 problem, where the numbers are known."""
     known = run.be.known(run, x)
@@ -100,14 +112,11 @@ def _check_index(run: Run, x: Inputs) -> None:
 
 
 def choose_vjp(run: Run, x: Inputs, verify: bool = True) -> tuple[VJP, str]:
-    """The first of: the user's products, the framework's reverse mode, differences."""
-    be, user, reverse = run.be, UserVJP(), ReverseVJP()
-    if user.missing(run) is None and not run.field.captured:
-        return user, "the problem carries its own derivatives"
-    missing = reverse.missing(run)
-    if missing is None and be.opaque and verify:
-        missing = checked_once(run, x)
-    if missing is None:
-        return reverse, f"reverse-mode AD of {be.name}"
-    return FiniteDifferenceVJP(), (f"central differences, because {missing}; vjp=ComplexStepVJP() is exact for an "
-                                   "analytic f, ODEProblem(vjp=...) for any")
+    """What the first of `PRODUCT_RULES` that holds takes, and why."""
+    def lost() -> str | None:
+        missing = ReverseVJP().missing(run)
+        return checked_once(run, x) if missing is None and run.be.opaque and verify else missing
+
+    source = Source(run.be.name, UserVJP().missing(run) is None and not run.field.captured, lost)
+    rule = next(rule for rule in PRODUCT_RULES if rule.holds(source))
+    return rule.take, rule.because(source)

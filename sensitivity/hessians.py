@@ -11,16 +11,18 @@ from .algorithms.base import Outputs, SensitivityAlgorithm, columns, directions
 from .algorithms.second_order import ForwardOverAdjoint
 from .assembled import assemble
 from .backend import Array
-from .choose import auto, choose, choose_vjp
+from .choose import auto, choose, choose_vjp, suggested
 from .costs import Cost
 from .errors import InputError, NumericalDerivativeWarning, UnsupportedCombination
 from .gradient import _moved, _replaced, _selected, checked_names
+from .integrate import Run
 from .probe import through_ad
 from .retcode import RetCode
 from .second import paired, refuse_second, warn_differences
 from .solve import build, checked, finished, prepare_options
+from .system import Inputs
 from .verdict import judge
-from .vjp import UserVJP
+from .vjp import VJP, ReverseVJP, UserVJP
 
 
 def hessian_vector_product(prob: Any, alg: Any = None, loss: Any = None, v: Any = None, *, wrt: Any = None,
@@ -38,7 +40,8 @@ def hessian_vector_product(prob: Any, alg: Any = None, loss: Any = None, v: Any 
     wrt : str or tuple of str, optional
         "p" or "u0", or both; `p` unless the problem has none.
     sensealg : ForwardOverAdjoint, an adjoint algorithm, or auto
-        `ForwardOverAdjoint()` unless given; an adjoint algorithm stands for `ForwardOverAdjoint` of it.
+        What the rules of second order take unless given, mostly `ForwardOverAdjoint()`; an adjoint algorithm stands
+        for `ForwardOverAdjoint` of it.
 
     Returns
     -------
@@ -84,6 +87,14 @@ def hessian(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None, se
     return product.run.be.xp.stack([product(eye[j, :]) for j in range(m)], axis=1)
 
 
+def choose_again(run: Run, x: Inputs) -> tuple[VJP, str]:
+    """Products that are differentiated again, and why: a user's come last, because AD of `f` can be, they cannot."""
+    vjp, why = choose_vjp(replace(run, products=replace(run.products, vjp=None, jac=None)), x)
+    if (not run.be.modes or vjp.numeric) and UserVJP().missing(run) is None:
+        return UserVJP(), "the problem carries its own derivatives, and AD does not see f"
+    return vjp, why
+
+
 class _Product:
     """A loss prepared for products `row (m,) -> row (m,)` with its second derivative."""
 
@@ -102,6 +113,8 @@ class _Product:
         if not isinstance(outer, ForwardOverAdjoint):
             outer = ForwardOverAdjoint(outer)
         run, x = prepare_options(prob, alg, options, through_ad(prob, outer, names))
+        if sensealg is auto:
+            outer = suggested(run, x, ReverseVJP(), None, order=2)[1]
         self.prob, self.loss, self.dloss, self.extra = prob, loss, dloss, 0
         if isinstance(loss, Cost):
             plan = assemble(prob, loss, options, run, x, through_ad(prob, outer, names))
@@ -121,13 +134,7 @@ class _Product:
         self.wanted, self.parts = frozenset(order), columns(x, order)
         outer.refuse(run)
         if outer.vjp is None:
-            # A user's products come last: AD of f can be differentiated again, they cannot.
-            bare = replace(run, products=replace(run.products, vjp=None, jac=None))
-            vjp, _ = choose_vjp(bare, x)
-            by_user = not run.be.modes or vjp.name == "FiniteDifferenceVJP"
-            if by_user and UserVJP().missing(run) is None:
-                vjp = UserVJP()
-            outer = replace(outer, vjp=vjp)
+            outer = replace(outer, vjp=choose_again(run, x)[0])
         algorithm, run = choose(run, x, outer)
         refuse_second(algorithm, run, self.wanted)
         if run.be.is_complex(x.u0):

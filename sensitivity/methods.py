@@ -25,12 +25,15 @@ class Method:
     ----------
     because : tuple of str
         Why this was chosen, when no method was named.
+    implicit, one_step : whether it solves for its stages, and whether it shows them.
+    devices : where it runs, "cpu" and "gpu".
     """
 
     because: tuple[str, ...] = field(default=(), compare=False, repr=False, kw_only=True)
 
     references: ClassVar[tuple[str, ...]] = ()
     implicit: ClassVar[bool] = False
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu"})
     one_step: ClassVar[bool] = True
     exact_jacobian: ClassVar[bool] = False
 

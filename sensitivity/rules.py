@@ -9,16 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .algorithms.discrete import RecursiveCheckpointAdjoint
+from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
 from .algorithms.gauss import GaussAdjoint
 from .algorithms.implicit import ImplicitAdjoint
+from .algorithms.interpolating import InterpolatingAdjoint
+from .algorithms.reversibleheun import ReversibleHeunAdjoint
+from .algorithms.second_order import ForwardOverAdjoint
 from .errors import UnsupportedCombination
 from .integrate import Run
 from .registry import registry
+from .stochasticmethods import ReversibleHeun
 from .system import Inputs
+from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
 
 # The thresholds of all rules. tests/benchmarks/thresholds.py measures where each of them lies.
 FEW = 100
@@ -58,6 +65,10 @@ class Facts:
     budgets : whether the discrete adjoint can keep to a budget of memory here.
     device : where the arrays are.
     digits : how many digits the contraction of the solution costs who goes backwards; known to `advise` only.
+    steps : accepted steps of the forward solve; known to `advise` only.
+    order : of the derivatives that are asked for.
+    undone : whether the method's own steps can be undone exactly.
+    stiff : whether the method is for stiff problems, black boxes too.
     """
 
     kind: str
@@ -79,6 +90,20 @@ class Facts:
     ito: bool = False
     budgets: bool = False
     device: str = "cpu"
+    steps: int | None = None
+    order: int = 1
+    undone: bool = False
+    stiff: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are more than the memory allows."""
+        return self.memory is not None and self.kept is not None and self.kept > (self.limit or 0)
+
+    @property
+    def safe(self) -> bool:
+        """Whether nothing is known that speaks against going backwards."""
+        return self.digits is None or self.digits <= LOST.get(self.bits, 3.0)
 
     @property
     def columns(self) -> int:
@@ -123,21 +148,38 @@ class Remark:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("second-order-hidden", "Are second derivatives wanted, of a method that hides its stages?",
+         lambda f: f.order > 1 and f.method == "black box", lambda f: ForwardOverAdjoint(InterpolatingAdjoint()),
+         "tangent of a continuous adjoint: the method shows its solution and not its stages",
+         "Ozyurt, Barton (2005)"),
+    Rule("second-order", "Are second derivatives wanted?",
+         lambda f: f.order > 1, lambda f: ForwardOverAdjoint(),
+         "tangent of the adjoint: one adjoint of twice the size per direction, however many parameters, and exact for "
+         "the computed solution", "Ozyurt, Barton (2005); Griewank, Walther (2008), section 3.3"),
     Rule("steady", "Is a steady state wanted?",
          lambda f: f.kind == "steady", lambda f: ImplicitAdjoint(),
          "implicit function theorem: one transposed linear solve, however many parameters", "Christianson (1994)"),
+    Rule("columns-hidden", "Does the method hide its stages, are products made by differences, and columns few?",
+         lambda f: f.method == "black box" and not f.transposes and f.columns <= FEW and not f.stiff
+         and not f.dense and f.saves != "steps",
+         lambda f: ForwardSensitivity(),
+         "by differences a transposed product takes every entry of u and p, no fewer than there are columns, and "
+         "forwards there is no second solve", "2 m evaluations of f per stage, against 2 (n + p) and a solve backwards"),
     Rule("hidden-stages", "Does the method hide its stages?",
          lambda f: f.method == "black box", lambda f: GaussAdjoint(),
          "the method shows its solution and not its stages, so the adjoint is continuous",
          "Norcliffe, Deisenroth (2023)"),
+    Rule("memory-undone", "Are the steps more than the memory allows, and can the method undo them?",
+         lambda f: f.over and f.undone and f.safe and not (f.events or f.dense), lambda f: ReversibleHeunAdjoint(),
+         "exact gradient along the path, from the end alone: its steps are undone, which takes one more of each",
+         "Kidger, Foster, Li, Lyons (2021)"),
     Rule("memory", "Are the steps more than the memory allows, and can they be repeated?",
-         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0) and f.budgets,
+         lambda f: f.over and f.budgets,
          lambda f: RecursiveCheckpointAdjoint(memory=f.memory),
          "exact gradient of the computed solution; keeps the states that fit, and repeats steps for the others",
          "Griewank, Walther (2000)"),
     Rule("memory-segments", "Are they more than the memory allows, and an ODE's?",
-         lambda f: f.memory is not None and f.kept is not None and f.kept > (f.limit or 0) and f.kind == "ode"
-         and not f.dense,
+         lambda f: f.over and f.kind == "ode" and not f.dense,
          lambda f: GaussAdjoint(checkpoints=f.memory if isinstance(f.memory, str) else f"{f.memory}B"),
          "steps of this kind are not repeated one by one: an adjoint of the equation, which solves again between "
          "checkpoints that share the memory", "Serban, Hindmarsh (2005)"),
@@ -166,11 +208,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 REMARKS: tuple[Remark, ...] = (
-    Remark("contraction", lambda f, a: a.retraces and f.digits is not None and f.digits > LOST.get(f.bits, 3.0),
+    Remark("contraction", lambda f, a: a.retraces and not f.safe,
            lambda f: f"going backwards would lose {amount(f.digits)} digits: what contracts forwards grows backwards",
            "Gholami, Keutzer, Biros (2019); McCallum, Foster (2024)", excludes=True),
     Remark("backwards", lambda f, a: a.retraces and f.digits is not None and f.digits > 1.0,
            lambda f: f"going backwards puts {amount(f.digits)} digits at risk", "Gholami, Keutzer, Biros (2019)"),
+    Remark("stiff-backwards", lambda f, a: a.retraces and f.digits is None and f.method == "implicit",
+           lambda f: "nothing is known of how fast the solution contracts, but the method is for stiff problems, where "
+                     "what decays forwards grows backwards", "Kim, Ji, Deng, Ma, Rackauckas (2021)", excludes=True),
     Remark("ito", lambda f, a: f.ito and not a.exact,
            lambda f: "adjoint of the Stratonovich equation with the same solution, whose drift needs derivatives of g; "
                      "right up to the error of the steps", "Kidger (2021), section 5.1"),
@@ -178,6 +223,10 @@ REMARKS: tuple[Remark, ...] = (
            lambda f: f"{f.columns} columns: its work grows with the number of inputs", "Ma et al. (2021)"),
     Remark("second-order", lambda f, a: a.order > 1,
            lambda f: "for second derivatives; a gradient is that of its inner adjoint", "Ozyurt, Barton (2005)"),
+    Remark("restarts", lambda f, a: a.restarts and f.steps is not None and isinstance(f.saves, int)
+           and f.saves > f.steps,
+           lambda f: f"its backward solve starts again at each of {f.saves} save times, which are more than the "
+                     f"{f.steps} steps of the solve", "Serban, Hindmarsh (2005)"),
     Remark("tape", lambda f, a: not a.boundary,
            lambda f: "exact, but the tape holds every stage of each attempted step",
            "Griewank, Walther (2008)"),
@@ -185,6 +234,46 @@ REMARKS: tuple[Remark, ...] = (
            lambda f: "derivative of the equation, right up to the " + (
                "error of the steps" if f.kind == "sde" else "tolerance"),
            "Hager (2000)"),
+)
+
+
+class Source:
+    """What is known of where products with the derivatives of `f` could come from.
+
+    `own` : whether the problem carries them, and they reach everything; `lost` : why the framework's reverse mode does
+    not serve, or None, found out when asked.
+    """
+
+    def __init__(self, backend: str, own: bool, lost: Callable[[], str | None]) -> None:
+        self.backend, self.own, self._lost = backend, own, lost
+
+    @cached_property
+    def lost(self) -> str | None:
+        return self._lost()
+
+
+@dataclass(frozen=True)
+class ProductRule:
+    """One question about products: `take` is the VJP choice where `holds(source)`, `because(source)` the reason."""
+
+    id: str
+    question: str
+    holds: Callable[[Source], bool]
+    take: VJP
+    because: Callable[[Source], str]
+    reference: str
+
+
+PRODUCT_RULES: tuple[ProductRule, ...] = (
+    ProductRule("own-products", "Does the problem carry its own derivatives, and does f close over nothing else?",
+                lambda s: s.own, UserVJP(), lambda s: "the problem carries its own derivatives",
+                "no graph is made; checked by value at the first gradient"),
+    ProductRule("reverse", "Does the framework's reverse mode see all of f?",
+                lambda s: s.lost is None, ReverseVJP(), lambda s: f"reverse-mode AD of {s.backend}",
+                "4 evaluations of f at most, against 2.5 for each column: Griewank, Walther (2008), section 4.6"),
+    ProductRule("differences", "None of these?", lambda s: True, FiniteDifferenceVJP(),
+                lambda s: f"central differences, because {s.lost}; vjp=ComplexStepVJP() is exact for an analytic f, "
+                          "ODEProblem(vjp=...) for any", "2 (n + p) evaluations of f, about nine digits"),
 )
 
 
@@ -199,11 +288,12 @@ def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, *
     saves = run.saves if isinstance(run.saves, int | str) and run.saves != "ts" else (
         1 if x.saveat is None else x.saveat.shape[0])
     device = run.be.device(x.u0)
+    undone = isinstance(run.method, ReversibleHeun)
     return Facts("ode" if run.kind is None else run.kind.name, x.u0.shape[0],
                  sum(math.prod(v.shape) for v in x.theta), wanted, saves, method, run.mass is not None,
                  bool(run.events), run.dense, run.backend, vjp.transposes, run.be.xp.finfo(x.u0.dtype).bits,
                  ito=getattr(run.kind, "interpretation", None) == "ito", budgets=_budgets(run),
-                 device="cpu" if device is None else str(device), **more)
+                 device="cpu" if device is None else str(device), undone=undone, stiff=run.method.implicit, **more)
 
 
 def _budgets(run: Run) -> bool:

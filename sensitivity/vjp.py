@@ -35,11 +35,12 @@ class VJP:
     """Base of the VJP choices.
 
     `transposes` says that a transposed product costs about as much as one evaluation of `f`, not one per entry of `u`;
-    `numeric` that products are differences.
+    `numeric` that products are differences; `devices` where they are made.
     """
 
     transposes: ClassVar[bool] = True
     numeric: ClassVar[bool] = False
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu"})
 
     @property
     def name(self) -> str:

@@ -68,6 +68,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     seminorm: bool = True
 
     retraces: ClassVar[bool] = True
+    keeps: ClassVar[str] = "saves"
     references: ClassVar[tuple[str, ...]] = ("chen2018", "kidger2021")
 
     def __post_init__(self) -> None:

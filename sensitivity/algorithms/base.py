@@ -105,6 +105,10 @@ class SensitivityAlgorithm:
     events, algebraic : whether it goes with events, and with a singular mass matrix.
     modes : "reverse" and "forward", those that it has.
     order : of the derivatives that it is for.
+    restarts : whether a backward solve starts again at each save time, because its costate jumps there.
+    needs : of the method and the framework: "stages" of each step, "explicit" ones, "AD" through all of the solve.
+    keeps : what stays between the forward and the reverse pass: "steps", "tape", "columns", "saves" or "end".
+    devices : where it runs, "cpu" and "gpu".
     references : keys of `citation`.
     """
 
@@ -117,6 +121,10 @@ class SensitivityAlgorithm:
     retraces: ClassVar[bool] = False
     per_input: ClassVar[bool] = False
     order: ClassVar[int] = 1
+    restarts: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    keeps: ClassVar[str] = "steps"
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu"})
     boundary: ClassVar[bool] = True
     second_order: ClassVar[bool] = False
     algebraic: ClassVar[bool] = False

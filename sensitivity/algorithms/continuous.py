@@ -52,6 +52,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
     atol: float | None = field(default=None, kw_only=True)
 
     events: ClassVar[bool] = True
+    restarts: ClassVar[bool] = True
     checkpointing: ClassVar[Any] = False
     checkpoints: ClassVar[Any] = None
     references: ClassVar[tuple[str, ...]] = ("cao2003",)

@@ -74,6 +74,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     spill: bool | str | os.PathLike = False
 
     exact: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"stages"})
     events: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})

@@ -62,6 +62,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     events: ClassVar[bool] = True
     algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True
+    keeps: ClassVar[str] = "columns"
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def __post_init__(self) -> None:

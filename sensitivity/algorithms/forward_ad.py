@@ -35,6 +35,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     exact: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"stages"})
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     events: ClassVar[bool] = True
     algebraic: ClassVar[bool] = True

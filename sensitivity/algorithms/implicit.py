@@ -68,6 +68,7 @@ class ImplicitAdjoint(base.SensitivityAlgorithm):
     linear_solver: Any = None
 
     exact: ClassVar[bool] = True
+    keeps: ClassVar[str] = "end"
     closed: ClassVar[bool] = True
     twice: ClassVar[str] = "the jax backend, where jax.hessian differentiates ImplicitAdjoint again"
     kinds: ClassVar[frozenset[str]] = frozenset({"steady"})

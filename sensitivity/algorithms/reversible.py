@@ -92,6 +92,8 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
     checkpoint_every: int | None = None
 
     exact: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"stages", "explicit"})
+    keeps: ClassVar[str] = "end"
     undoes: ClassVar[bool] = True
     retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("mccallum2024",)

@@ -72,6 +72,8 @@ class ReversibleHeunAdjoint(base.SensitivityAlgorithm):
     vjp: Any = field(default=None, kw_only=True)
 
     exact: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"stages"})
+    keeps: ClassVar[str] = "end"
     kinds: ClassVar[frozenset[str]] = frozenset({"sde"})
     retraces: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("kidger2021sde",)

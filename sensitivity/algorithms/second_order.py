@@ -73,6 +73,14 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     def work(self, w: Work) -> Effort | None:
         return self.adjoint.work(w)
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.adjoint.needs)
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]
+        return bool(self.adjoint.restarts)
+
     def refuse(self, run: Run) -> None:
         if not self.adjoint.second_order:
             raise base.unsupported(self.name, f"inner={self.adjoint.name}()",
