@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -13,6 +14,7 @@ from .fieldfacts import FieldFacts
 from .rules import Facts, amount
 from .stiffness import Probes
 
+REPEATS = 3  # times of each candidate where they are measured
 VERDICTS = {"chosen": "*", "possible": " ", "ruled out": "x", "wrong": "!"}
 
 
@@ -29,6 +31,7 @@ class Candidate:
     estimate : counts of work and bytes kept, expected.
     seconds, peak, error : measured: time of one gradient, bytes of memory at its peak (None where that cannot be seen),
         largest difference to the reference relative to its largest entry.
+    spread : by how much the longest of the times that were measured exceeds the shortest, which is `seconds`, relative.
     """
 
     sensealg: Any
@@ -39,10 +42,19 @@ class Candidate:
     seconds: float | None = None
     peak: int | None = None
     error: float | None = None
+    spread: float | None = None
 
     @property
     def name(self) -> str:
         return spelled(dataclasses.replace(self.sensealg, vjp=None, **_jvp(self.sensealg))).removeprefix("sa.")
+
+    @property
+    def brief(self) -> str:
+        """The reason in a line: of a refusal, what does not go, without what to do instead."""
+        lines = self.why.splitlines() or [""]
+        if not lines[0].startswith("[SN"):
+            return " ".join(self.why.split())
+        return lines[0].split("] ", 1)[-1].removeprefix(f"{self.sensealg.name} ")
 
 
 @dataclass(frozen=True)
@@ -96,8 +108,9 @@ class Advice:
 
     def _problem(self) -> list[tuple[str, str]]:
         f, accepted, rejected = self.facts, *self.steps
-        rows = [("problem", f"{KINDS[f.kind]}, {f.n:,} states, {f.params:,} parameters, {accepted} steps "
-                            f"(+{rejected} rejected), {f.backend}, {f.device}, float{f.bits}")]
+        size = f"{_some(f.n, 'state')}, {_some(f.params, 'parameter')}"
+        steps = f"{_some(accepted, 'step')} (+{rejected} rejected)"
+        rows = [("problem", f"{KINDS[f.kind]}, {size}, {steps}, {f.backend}, {f.device}, float{f.bits}")]
         if self.probes is not None:
             rows.append(("probes", _said(self.probes)))
         rows.append(("f", str(self.field)))
@@ -107,41 +120,50 @@ class Advice:
         return rows
 
     def _columns(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Head and cells; what is estimated says so in the head."""
+        """Head and cells; what is estimated says so in the head, and gives way to what is measured."""
         was = self.reference is not None
         extra: tuple[str, ...] = ("time", "peak", "error") if was else ()
-        head = ("", "sensealg", *extra, "est. f", "est. JVP", "est. VJP", "est. memory", "why")
+        known = not was and any(r.estimate is not None for r in self.table)
+        work = ("est. f", "est. JVP", "est. VJP", "est. memory") if known else ()
+        head = ("", "sensealg", *extra, *work, "why")
         rows = []
         for r in self.table:
             e = r.estimate
             counts = ("-",) * 4 if e is None else (f"{e.nfe:,}", f"{e.njvp:,}", f"{e.nvjp:,}", _bytes(e.memory))
             seen = (_time(r.seconds), "-" if r.peak is None else _bytes(r.peak),
                     "-" if r.error is None else f"{r.error:.0e}") if was else ()
-            rows.append((VERDICTS[r.verdict], r.name, *seen, *counts, " ".join(r.why.split())))
+            rows.append((VERDICTS[r.verdict], r.name, *seen, *counts[:len(work)], r.brief))
         return head, rows
 
     def __str__(self) -> str:
         was = self.reference is not None
         mode = f"measured; errors against {self.reference}" if was else "estimated, nothing measured"
         mode += f"; peak by {self.peaks}" if self.peaks else ""
+        spread = max((r.spread for r in self.table if r.spread is not None), default=None)
+        if spread is not None:
+            mode += f"; the least of {REPEATS} times, which differ by {100 * spread:.0f} % at most"
         head, rows = self._columns()
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
         left = (0, 1)
-        lines = [f"advise(prob, {spelled(self.alg)})   {mode}"]
-        lines += [f"  {name:<9}{text}" for name, text in self._problem()]
+        lines = _hanging(f"advise(prob, {spelled(self.alg)})   ", mode)
+        for name, text in self._problem():
+            lines += _hanging(f"  {name:<9}", text)
         lines.append("")
         for row in (head, *rows):
             cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-            lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
+            lines += _hanging("  " + "  ".join([*cells, ""]), row[-1])
         lines.append("")
         for i, (question, answer, then) in enumerate(self.path):
-            lines.append(f"  {'' if i else 'path':<9}{question} {answer}{'; ' + then if then else ''}")
+            lines += _hanging(f"  {'' if i else 'path':<9}", f"{question} {answer}{'; ' + then if then else ''}")
         lines.append(f"  {'choice':<9}{self.code}")
         if self.agree is not None:
             wrong = [r.name for r in self.table if r.verdict == "wrong"]
             lines.append(f"  {'agree':<9}" + (f"{', '.join(wrong)}: WRONG" if wrong else
                                               f"{sum(r.error is not None for r in self.table)} gradients agree to "
                                               f"{max(r.error for r in self.table if r.error is not None):.0e}"))
+        again = "" if was or self.facts.order > 1 else "advise(..., measure=True) runs them   "
+        draw = "advice.plot()   " if any(r.estimate is not None for r in self.table) else ""
+        lines.append(f"  {'more':<9}{again}{draw}advice.to_frame()   advice.to_json()")
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
@@ -176,7 +198,8 @@ class Advice:
             counts = dict.fromkeys(Estimate._fields) if e is None else e._asdict()
             out.append({"sensealg": r.name, "verdict": r.verdict, "why": r.why, "rule": r.rule,
                         **{f"estimated_{k}": v for k, v in counts.items()},
-                        "measured_seconds": r.seconds, "measured_peak": r.peak, "measured_error": r.error})
+                        "measured_seconds": r.seconds, "measured_spread": r.spread, "measured_peak": r.peak,
+                        "measured_error": r.error})
         return out
 
     def to_json(self) -> str:
@@ -208,10 +231,27 @@ class Advice:
         ------
         BackendMissingError
             matplotlib is not installed.
+        UnsupportedCombination
+            The advice is about second derivatives, whose work is not estimated.
         """
         from .plotting import plot_advice
 
         return plot_advice(self, ax)
+
+
+WIDTH = 120
+NARROW = 40  # what a column of reasons has at least
+
+
+def _hanging(start: str, text: str) -> list[str]:
+    """Lines of text after `start`, those that follow below where it began."""
+    room = max(NARROW, WIDTH - len(start))
+    first, *rest = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    return [(start + first).rstrip(), *(" " * len(start) + line for line in rest)]
+
+
+def _some(count: Any, name: str) -> str:
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 KINDS = {"ode": "ODE", "dde": "delay equation", "sde": "stochastic equation", "steady": "steady state"}

@@ -229,6 +229,8 @@ def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, ru
         return Candidate(algorithm, "chosen", rule.because, rule.id, cost)
     said = remark(known, ready)
     why = "exact gradient of the computed solution" if said is None else said.because(known)
+    if known.order == 2 and algorithm.order == 1:
+        why = f"stands for ForwardOverAdjoint of it: {why}"
     if known.limit is not None and cost is not None and cost.memory > known.limit:
         much = f"keeps about {cost.memory} bytes, more than the {known.limit} allowed"
         return Candidate(algorithm, "ruled out", much, "memory", cost)

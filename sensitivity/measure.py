@@ -12,14 +12,13 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from .advice import Advice, Candidate
+from .advice import REPEATS, Advice, Candidate
 from .algorithms.base import size_of
 from .errors import SensitivityError, SensitivityWarning
 from .gradient import gradient
 from .registry import registry
 from .vjp import FiniteDifferenceVJP, ReverseVJP
 
-REPEATS = 3
 DIFFERENCES = 200
 # Differences of f in float32 have four digits, and gradients made with them fewer.
 TOLERANCE = {64: 1e-4, 32: 1e-2}
@@ -116,21 +115,22 @@ def _row(advice: Advice, be: Any, row: Candidate, loss: Any, dloss: Any, truth: 
         peak, by = be.peak(run, like)
         if by is not None:
             means.add(by)
-        seconds = math.inf
+        times = []
         for _ in range(REPEATS):
             start = time.perf_counter()
             _arrays(be, run())
-            seconds = min(seconds, time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
     except SensitivityError as e:
         return replace(row, verdict="ruled out", why=str(e))
+    seconds, spread = min(times), max(times) / min(times) - 1.0
     size = max(max(abs(v) for v in a) for a in truth) or 1.0
     error = max(abs(v - w) for a, b in zip(found, truth, strict=True) for v, w in zip(a, b, strict=True)) / size
     rtol = advice.options.get("rtol", 1e-6 if advice.facts.bits == 64 else 1e-4)
     tolerance = max(TOLERANCE.get(advice.facts.bits, 1e-2), LOOSE * rtol if isinstance(rtol, float) else 0.0)
     if not error <= tolerance:
         return replace(row, verdict="wrong", why=f"differs from the reference by {error:.1e} of its size",
-                       seconds=seconds, peak=peak, error=error)
-    return replace(row, seconds=seconds, peak=peak, error=error)
+                       seconds=seconds, peak=peak, error=error, spread=spread)
+    return replace(row, seconds=seconds, peak=peak, error=error, spread=spread)
 
 
 def _arrays(be: Any, r: Any) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import BackendMissingError
+from .errors import BackendMissingError, UnsupportedCombination
 
 
 def _axes(ax: Any) -> Any:
@@ -40,22 +40,45 @@ def plot_solution(sol: Any, ax: Any = None) -> Any:
 
 
 def plot_advice(advice: Any, ax: Any = None) -> Any:
-    """Memory against time, or against estimated work, on logarithmic axes; a ring around the choice."""
-    ax = _axes(ax)
+    """Memory against time, or against estimated work, on logarithmic axes: a ring around the choice, the Pareto front
+    dashed, errors as colours where they were measured."""
     was = advice.reference is not None
-    for r in advice.table:
-        if r.verdict == "ruled out" or r.estimate is None:
-            continue
-        memory = r.estimate.memory if r.peak is None else r.peak
-        work = r.seconds if was else r.estimate.nfe + r.estimate.njvp + r.estimate.nvjp
-        colour = {"wrong": "tab:red", "chosen": "tab:green"}.get(r.verdict, "tab:blue")
-        ax.plot([work], [memory], "x" if r.verdict == "wrong" else "o", color=colour)
+    rows = [r for r in advice.table if r.verdict != "ruled out" and r.estimate is not None and r.rule != "second-order"]
+    if not rows:
+        raise UnsupportedCombination("there is nothing to draw", "work and memory are estimated for gradients only",
+                                     "print(advice)")
+    ax = _axes(ax)
+    at = {r.name: (1e3 * r.seconds if was else r.estimate.evaluations(advice.facts),
+                   r.estimate.memory if r.peak is None else r.peak) for r in rows}
+    right = [r for r in rows if r.verdict != "wrong"]
+    places = [at[r.name] for r in right]
+    if was and right:
+        from matplotlib.colors import LogNorm
+
+        errors = [max(r.error, 1e-16) for r in right]
+        dots = ax.scatter(*zip(*places, strict=True), c=errors, cmap="viridis_r", s=60, edgecolors="black", zorder=3,
+                          norm=LogNorm(min(errors) / 2.0, max(errors) * 2.0))
+        ax.figure.colorbar(dots, ax=ax, label="error relative to the largest entry")
+    elif right:
+        ax.scatter(*zip(*places, strict=True), s=60, edgecolors="black", zorder=3)
+    for i, r in enumerate(sorted(rows, key=lambda r: at[r.name])):
+        if r.verdict == "wrong":
+            ax.plot(*at[r.name], "x", color="tab:red", markersize=10)
         if r.verdict == "chosen":
-            ax.plot([work], [memory], "o", color=colour, markersize=14, fillstyle="none")
-        ax.annotate(r.name, (work, memory), xytext=(6, 4), textcoords="offset points", fontsize="small")
+            ax.plot(*at[r.name], "o", color="tab:orange", markersize=16, fillstyle="none", markeredgewidth=2.5)
+        ax.annotate(r.name.removesuffix("()"), at[r.name], xytext=(8, -14 if i % 2 else 6), textcoords="offset points",
+                    fontsize="small", color="tab:red" if r.verdict == "wrong" else "black")
+    front = [p for p in sorted(places) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in places)]
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlabel("time of one gradient, measured (s)" if was else "evaluations of f and products, estimated")
+    ax.margins(0.15)
+    if front:
+        edge = (front[-1], (ax.get_xlim()[1], front[-1][1]))
+        ax.step(*zip(*front, edge[1], strict=True), where="post", color="gray", linestyle="--", zorder=1)
+    ax.grid(alpha=0.3, which="both")
+    size = f"{advice.facts.n:,} states, {advice.facts.params:,} parameters"
+    ax.set_title(f"{size}: ring, the choice; dashed, Pareto front", fontsize="medium")
+    ax.set_xlabel("time of one gradient, measured (ms)" if was else "work of one gradient, estimated (evaluations)")
     seen = any(r.peak is not None for r in advice.table)
     ax.set_ylabel("memory at its peak, measured (bytes)" if seen else "memory kept, estimated (bytes)")
     return ax

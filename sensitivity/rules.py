@@ -160,11 +160,11 @@ RULES: tuple[Rule, ...] = (
          lambda f: f.kind == "steady", lambda f: ImplicitAdjoint(),
          "implicit function theorem: one transposed linear solve, however many parameters", "Christianson (1994)"),
     Rule("columns-hidden", "Does the method hide its stages, are products made by differences, and columns few?",
-         lambda f: f.method == "black box" and not f.transposes and f.columns <= FEW and not f.stiff
+         lambda f: f.method == "black box" and not f.transposes and f.columns <= min(f.n, FEW) and not f.stiff
          and not f.dense and f.saves != "steps",
          lambda f: ForwardSensitivity(),
-         "by differences a transposed product takes every entry of u and p, no fewer than there are columns, and "
-         "forwards there is no second solve", "2 m evaluations of f per stage, against 2 (n + p) and a solve backwards"),
+         "by differences one product per column costs no more than a transposed one, which takes every entry of u, and "
+         "forwards there is no second solve", "2 m evaluations of f per stage, against 2 n and a solve backwards"),
     Rule("hidden-stages", "Does the method hide its stages?",
          lambda f: f.method == "black box", lambda f: GaussAdjoint(),
          "the method shows its solution and not its stages, so the adjoint is continuous",

@@ -13,7 +13,8 @@ import pytest
 import sensitivity as sa
 from sensitivity.advice import spelled
 from sensitivity.recommend import METHOD_RULES
-from sensitivity.rules import RULES, facts, rules
+from sensitivity.registry import algorithms as registered
+from sensitivity.rules import PRODUCT_RULES, RULES, facts, rules
 from sensitivity.solve import prepare_options
 
 WRONG = 1.01
@@ -265,11 +266,12 @@ def test_measured_gradients_agree(numpy_lab):
     tried = [c for c in advice.table if c.error is not None]
     assert len(tried) == 10
     assert all(0.0 <= c.error < 1e-4 for c in tried)
-    assert all(c.seconds > 0.0 and c.peak > 0 for c in tried)
+    assert all(c.seconds > 0.0 and c.peak > 0 and c.spread >= 0.0 for c in tried)
+    assert f"{100 * max(c.spread for c in tried):.0f} % at most" in " ".join(str(advice).split())
     times = [c.seconds for c in tried]
     assert times == sorted(times)
     assert "differences of f" in advice.reference
-    assert "peak by tracemalloc" in str(advice)
+    assert "peak by tracemalloc" in " ".join(str(advice).split())
     (chosen,) = [c for c in advice.table if c.verdict == "chosen"]
     offered = [c.seconds for c in tried if c.rule not in ("backwards", "second-order")]
     assert chosen.seconds <= offered[0] / 0.85 * (1.0 + 1e-9)
@@ -316,7 +318,10 @@ def test_text_html_and_json_say_the_same():
     for row in data["table"]:
         assert row["sensealg"] in text
         assert f">{row['sensealg']}<" in html
-        assert " ".join(row["why"].split()) in text
+    words = " ".join(text.split())
+    assert all(row.brief in words for row in advice.table)
+    assert all(row.brief in " ".join(row.why.split()) for row in advice.table)
+    assert max(len(line) for line in text.splitlines() if "choice" not in line) <= 120
     assert data["table"][0]["measured_seconds"] is None
 
 
@@ -332,8 +337,16 @@ def test_picture():
     advice = sa.advise(ODE, sa.Tsit5())
     ax = advice.plot()
     names = {t.get_text() for t in ax.texts}
-    assert names == {c.name for c in advice.table if c.verdict != "ruled out"}
+    offered = [c for c in advice.table if c.verdict != "ruled out" and c.rule != "second-order"]
+    assert names == {c.name.removesuffix("()") for c in offered}
     assert "estimated" in ax.get_xlabel()
+    # Whatever the dashed line leaves out needs as much of both, or more.
+    (front,) = [line.get_xydata() for line in ax.lines if line.get_linestyle() == "--"]
+    for c in offered:
+        place = (c.estimate.evaluations(advice.facts), c.estimate.memory)
+        assert any(x <= place[0] and y <= place[1] for x, y in front[:-1])
+    with pytest.raises(sa.UnsupportedCombination, match="nothing to draw"):
+        sa.advise(ODE, sa.Tsit5(), order=2).plot()
 
 
 def test_rules_of_plugins_come_first(monkeypatch):
@@ -399,6 +412,7 @@ def test_doctor_at_the_command_line():
 def test_the_documentation_lists_the_rules():
     page = (Path(__file__).resolve().parent.parent / "docs" / "advisor.md").read_text(encoding="utf-8")
     methods, page = page.split("## The questions")
+    page = page.split("### ")[0]
     row = r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$"
     assert re.findall(row, methods, re.M) == [(r.id, r.question, r.take.name) for r in METHOD_RULES]
     listed = re.findall(row, page, re.M)
@@ -600,3 +614,205 @@ def test_candidates_are_ranked_by_their_work():
     (many,) = [c for c in advice.table if c.sensealg.name == "InterpolatingAdjoint"]
     # One step of six stages at least between any two of the 200 save times.
     assert few.estimate.nvjp < many.estimate.nvjp == 6 * 200
+
+
+def all_facts():
+    """What the rules may meet, each with each, but for what is refused before they are asked."""
+    import itertools
+
+    from sensitivity.rules import Facts
+
+    wanted = (None, frozenset({"theta"}), frozenset({"u0"}), frozenset({"u0", "theta", "t1"}))
+    yes = (False, True)
+    for kind, method, params, order, wants in itertools.product(
+            ("ode", "dde", "sde", "steady"), ("explicit", "implicit", "black box"), (0, 3, 1000), (1, 2), wanted):
+        for mass, events, dense, transposes, over, budgets, undone in itertools.product(*[yes] * 7):
+            if (kind != "ode" and (method == "black box" or mass)) or (kind == "steady" and (events or dense or over)):
+                continue
+            if (mass and method != "implicit") or (method == "black box" and events):
+                continue
+            if undone and (kind, method) != ("sde", "explicit"):
+                continue
+            for digits, device, saves in ((None, "cpu", 1), (9.0, "cuda:0", 50), (0.1, "cpu", "steps")):
+                memory = {"memory": 100, "limit": 100, "kept": 1e6} if over else {}
+                yield Facts(kind, 5, params, wants, saves, method, mass, events, dense, "numpy", transposes, 64,
+                            budgets=budgets and not (events or dense) and method == "explicit", undone=undone,
+                            digits=digits, device=device, order=order, stiff=method == "implicit", steps=20, **memory)
+
+
+def test_whatever_the_facts_the_rules_take_what_can_serve():
+    from sensitivity.rules import LOST, remark, selected
+
+    met, spoken = set(), set()
+    candidates = [kind() for kind in registered().values()]
+    for known in all_facts():
+        rule = selected(known)
+        met.add(rule.id)
+        taken = rule.take(known)
+        where = f"{rule.id}: {known}"
+        if known.order == 2:
+            assert taken.order == 2, where
+        elif known.kind == "steady":
+            assert "steady" in taken.kinds, where
+        assert known.method != "black box" or "stages" not in taken.needs, where
+        assert not known.events or taken.events or known.kind == "steady", where
+        assert not known.mass or taken.algebraic, where
+        assert not (taken.retraces and known.digits is not None and known.digits > LOST[64]), where
+        assert "cpu" in taken.devices, where
+        assert known.device == "cpu" or "gpu" in taken.devices, where
+        if taken.per_input:
+            assert known.columns <= 100, where
+        if known.over and known.order == 1 and known.kind == "ode" and known.method != "black box" and not known.dense:
+            assert "100" in spelled(taken), where
+        for candidate in candidates:
+            said = remark(known, candidate)
+            if said is not None:
+                spoken.add(said.id)
+                assert said.because(known), where
+                assert rule.take(known).name != candidate.name or not said.excludes, where
+    assert met == {r.id for r in RULES}
+    assert spoken >= {"contraction", "stiff-backwards", "many-columns", "restarts", "tape", "discretised"}
+
+
+def test_second_derivatives_have_their_rule(lab):
+    """Where the method hides its stages too; the numbers are those of `u0 exp(-p)`: `d2 (u0^2 e^-2p) / dp2`."""
+    prob = sa.ODEProblem(lambda t, u, p: -p[0] * u, lab.array([1.0, 2.0]), (0.0, 1.0), lab.array([0.5]))
+    methods = [sa.Tsit5(), sa.ScipySolver("RK45")] if lab.name == "numpy" else [sa.Tsit5()]
+    if lab.name == "numpy":
+        pytest.importorskip("autograd")
+    for method in methods:
+        advice = sa.advise(prob, method, order=2, wrt="p", rtol=1e-9, atol=1e-9)
+        hidden = not method.one_step
+        assert advice.table[0].rule == ("second-order-hidden" if hidden else "second-order")
+        assert "sa.hessian(" in advice.code
+        loss = lambda sol: (sol.u[-1, ...] ** 2).sum()  # noqa: E731
+        names = {"sa": sa, "prob": prob, "loss": loss}
+        for H in (eval(advice.code, names), sa.hessian(prob, method, loss, wrt="p", rtol=1e-9, atol=1e-9)):
+            assert float(lab.numpy(H)[0, 0]) == pytest.approx(4.0 * 5.0 * np.exp(-1.0), rel=1e-7)
+    offered = {c.name for c in sa.advise(prob, sa.Tsit5(), order=2).table if c.verdict != "ruled out"}
+    assert offered == {"ForwardOverAdjoint()", "RecursiveCheckpointAdjoint()", "InterpolatingAdjoint()"}
+    with pytest.raises(sa.InputError, match="order=3"):
+        sa.advise(prob, sa.Tsit5(), order=3)
+    with pytest.raises(sa.UnsupportedCombination, match="not measured"):
+        sa.advise(prob, sa.Tsit5(), order=2, measure=True)
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_second_derivatives_that_are_not_there_are_refused():
+    with pytest.raises(sa.UnsupportedCombination, match="without events"):
+        sa.advise(DDE, sa.Tsit5(), order=2)
+    with pytest.raises(sa.UnsupportedCombination, match="mass matrix"):
+        sa.advise(DAE, sa.Kvaerno5(), order=2)
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_black_boxes_by_differences_go_forwards():
+    """They evaluate `f` less than half as often as a continuous adjoint, which solves again backwards."""
+    calls = [0]
+
+    def counted(t, u, p):
+        calls[0] += 1
+        return ring(t, u, p)
+
+    prob, method, spent, found = RING.remake(f=counted), sa.ScipySolver("RK45"), {}, {}
+    assert sa.advise(RING, method, wrt="p").table[0].rule == "columns-hidden"
+    assert sa.advise(RING, method).table[0].rule == "hidden-stages"
+    assert sa.advise(RING, sa.ScipySolver("BDF"), wrt="p").table[0].rule == "hidden-stages"
+    for sensealg in (sa.auto, sa.GaussAdjoint(vjp=sa.FiniteDifferenceVJP())):
+        calls[0] = 0
+        r = sa.gradient(prob, method, squares, dloss=dsquares, wrt="p", sensealg=sensealg, probe="off", rtol=1e-8,
+                        atol=1e-8)
+        spent[r.sensealg.name], found[r.sensealg.name] = calls[0], r.p
+    assert 2 * spent["ForwardSensitivity"] < spent["GaussAdjoint"]
+    # Both are right up to the tolerance and the nine digits of differences.
+    np.testing.assert_allclose(found["ForwardSensitivity"], found["GaussAdjoint"], rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_can_be_undone_need_no_memory():
+    anp = pytest.importorskip("autograd.numpy")
+    prob = sa.SDEProblem(lambda t, u, p: p[0] * anp.sin(u), lambda t, u, p: 0.1 * u, np.linspace(0.5, 1.0, 50),
+                         (0.0, 1.0), np.array([0.5]), noise="diagonal", interpretation="stratonovich", key=1)
+    advice = sa.advise(prob, sa.ReversibleHeun(), dt=0.01, memory="5kB")
+    assert (advice.table[0].rule, advice.sensealg.name) == ("memory-undone", "ReversibleHeunAdjoint")
+    assert advice.table[0].estimate.memory <= 5000
+    ours = made(prob, sa.ReversibleHeun(), {"dt": 0.01}, advice.sensealg)
+    exact = made(prob, sa.ReversibleHeun(), {"dt": 0.01}, sa.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(ours.p, exact.p, rtol=1e-10)
+    assert sa.advise(prob, sa.StochasticHeun(), dt=0.01, memory="50kB").table[0].rule == "memory"
+
+
+def test_what_does_not_run_where_the_arrays_are_is_refused(monkeypatch):
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from sensitivity.choose import choose
+    from sensitivity.registry import registry
+
+    @dataclass(frozen=True)
+    class Host(sa.RecursiveCheckpointAdjoint):
+        devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+
+    assert sa.solve(ODE, sa.Tsit5(), sensealg=Host()).sensealg.name == "Host"
+    ours, scipys = (prepare_options(ODE, method, {}) for method in (sa.Tsit5(), sa.ScipySolver("RK45")))
+    monkeypatch.setattr(type(registry().backend("numpy")), "device", lambda be, x: "cuda:0")
+    with pytest.raises(sa.UnsupportedCombination, match="Host does not run on cuda:0"):
+        choose(*ours, Host())
+    with pytest.raises(sa.UnsupportedCombination, match=r"ScipySolver.* does not run on cuda:0"):
+        choose(*scipys, sa.GaussAdjoint())
+
+
+def test_reasons_stand_on_every_solution(lab):
+    """The algorithm's and the products', by the rules that hold; `prob` carries nothing of its own."""
+    prob = lab.lotka_volterra(t1=1.0)
+    for result in (sa.solve(prob, sa.Tsit5()), sa.gradient(prob, sa.Tsit5(), lambda sol: sol.u.sum())):
+        why = result.sensealg.because
+        assert why[0] == {r.id: r for r in RULES}["default"].because
+        assert why[1] == f"reverse-mode AD of {lab.name}"
+        assert len(why) == 2
+    assert sa.solve(prob).alg.because[0].startswith("not stiff at the start")
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.SensitivityWarning")
+def test_algorithms_declare_what_they_do():
+    """What a class says of itself, against what it does with a problem of each kind."""
+    from sensitivity.choose import choose
+
+    noise = sa.SDEProblem(decay, lambda t, u, p: 0.1 * u, U2, (0.0, 1.0), np.array(0.5), noise="diagonal",
+                          interpretation="stratonovich", key=1)
+    cases = {"ode": (ODE, sa.Tsit5(), {}), "dde": (DDE, sa.Tsit5(), {}), "steady": (STEADY, None, {}),
+             "sde": (noise, sa.ReversibleHeun(), {"dt": 0.1}), "black box": (ODE, sa.ScipySolver("RK45"), {}),
+             "implicit": (ODE, sa.Kvaerno5(), {}), "events": (ODE, sa.Tsit5(), {"events": JUMP}),
+             "constraints": (DAE, sa.Kvaerno5(), {})}
+    for case, (prob, alg, options) in cases.items():
+        run, x = prepare_options(prob, alg, options)
+        kind = "ode" if run.kind is None else run.kind.name
+        for name, made_by in registered().items():
+            algorithm = made_by()
+            declared = kind in algorithm.kinds | algorithm.elsewhere and {
+                "black box": "stages" not in algorithm.needs, "implicit": "explicit" not in algorithm.needs,
+                "events": algorithm.events, "constraints": algorithm.algebraic}.get(case, True)
+            try:
+                choose(run, x, algorithm, verify=False)
+                serves = True
+            except sa.UnsupportedCombination:
+                serves = False
+            assert serves is declared, (case, name)
+
+
+def test_the_documentation_lists_what_algorithms_declare():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "advisor.md").read_text(encoding="utf-8")
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+    listed = {r[0].strip("`"): r[1:] for r in rows if len(r) == 10}
+
+    def yes(value):
+        return "yes" if value else ""
+
+    for name, kind in registered().items():
+        a = kind()
+        assert listed[name] == [
+            ", ".join(sorted(a.kinds | a.elsewhere)), yes(a.exact), a.keeps, ", ".join(sorted(a.needs)), yes(a.events),
+            yes(a.algebraic), yes(a.retraces), yes(a.per_input), yes(a.second_order)], name
+    products = page.split("### Products")[1].split("### What")[0]
+    found = re.findall(r"^\| `(.*?)` \| (.*?) \| `(.*?)` \|$", products, re.M)
+    assert found == [(r.id, r.question, r.take.name) for r in PRODUCT_RULES]
+    assert all(r.reference for r in PRODUCT_RULES)

@@ -69,6 +69,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
 
     retraces: ClassVar[bool] = True
     keeps: ClassVar[str] = "saves"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"sde"})
     references: ClassVar[tuple[str, ...]] = ("chen2018", "kidger2021")
 
     def __post_init__(self) -> None:

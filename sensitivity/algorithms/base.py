@@ -98,7 +98,8 @@ class SensitivityAlgorithm:
         `TangentField` (see `sensitivity.second`).
     closed : whether the results of a solve are all that its derivatives need.
     twice : what to do where it gives no second derivatives.
-    kinds : which kinds of problems it serves: "ode", "sde", "steady".
+    kinds : which kinds of problems it serves: "ode", "sde", "dde", "steady".
+    elsewhere : kinds of problems where its name stands for an algorithm of their own.
     undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
     retraces : whether states are found again by going backwards, so that what contracts forwards grows.
     per_input : whether the work grows with the number of inputs.
@@ -133,6 +134,7 @@ class SensitivityAlgorithm:
     twice: ClassVar[str] = ("sensealg=ForwardOverAdjoint(), saveat= and derivatives in u0 and p; DirectAdjoint(); or "
                             "sa.hessian")
     kinds: ClassVar[frozenset[str]] = frozenset({"ode"})
+    elsewhere: ClassVar[frozenset[str]] = frozenset()
     references: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -19,7 +19,7 @@ class DirectAdjoint(base.SensitivityAlgorithm):
     """The framework's AD through the loop, forward and reverse; memory grows with every operation of every step."""
 
     exact: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"stages", "AD"})
+    needs: ClassVar[frozenset[str]] = frozenset({"stages", "explicit", "AD"})
     keeps: ClassVar[str] = "tape"
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
     boundary: ClassVar[bool] = False

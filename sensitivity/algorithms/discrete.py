@@ -78,6 +78,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
     events: ClassVar[bool] = True
     second_order: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
     algebraic: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("hager2000", "sanzserna2016", "griewank2000", "wang2009")
 

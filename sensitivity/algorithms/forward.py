@@ -63,6 +63,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
     algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True
     keeps: ClassVar[str] = "columns"
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"sde", "dde"})
     references: ClassVar[tuple[str, ...]] = ("hairer1993",)
 
     def __post_init__(self) -> None:

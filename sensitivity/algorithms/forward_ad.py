@@ -37,6 +37,7 @@ class ForwardADSensitivity(base.SensitivityAlgorithm):
     exact: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"stages"})
     kinds: ClassVar[frozenset[str]] = frozenset({"ode", "sde"})
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
     events: ClassVar[bool] = True
     algebraic: ClassVar[bool] = True
     per_input: ClassVar[bool] = True

@@ -49,6 +49,7 @@ class GaussAdjoint(ContinuousAdjoint):
     checkpoints: Any = None  # type: ignore[misc]
 
     algebraic: ClassVar[bool] = True
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
     references: ClassVar[tuple[str, ...]] = ("norcliffe2023", "cao2003")
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
 
     second_order: ClassVar[bool] = True
     algebraic: ClassVar[bool] = True
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"sde", "dde"})
     references: ClassVar[tuple[str, ...]] = ("cao2003", "rackauckas2020")
 
     def __post_init__(self) -> None:

@@ -64,6 +64,7 @@ class QuadratureAdjoint(ContinuousAdjoint):
     quad_atol: float | None = None
 
     algebraic: ClassVar[bool] = True
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
     references: ClassVar[tuple[str, ...]] = ("kim2021", "piessens1983")
 
     def __post_init__(self) -> None:

@@ -96,6 +96,7 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
     keeps: ClassVar[str] = "end"
     undoes: ClassVar[bool] = True
     retraces: ClassVar[bool] = True
+    elsewhere: ClassVar[frozenset[str]] = frozenset({"sde"})
     references: ClassVar[tuple[str, ...]] = ("mccallum2024",)
 
     def __post_init__(self) -> None:
