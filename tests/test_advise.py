@@ -603,9 +603,9 @@ def test_an_algorithm_of_a_plugin_is_advised_on_like_our_own():
 
 
 def test_candidates_are_ranked_by_their_work():
-    """Among those that nothing speaks against, and among those that are right up to the tolerance."""
+    """Among those that nothing speaks against, and among those of which the same is to be said."""
     advice = sa.advise(LV, sa.Tsit5(), saveat=200)
-    for rule in (None, "discretised"):
+    for rule in (None, "restarts"):
         rows = [c for c in advice.table if c.verdict == "possible" and c.rule == rule]
         work = [c.estimate.evaluations(advice.facts) for c in rows]
         assert len(work) > 1
