@@ -26,7 +26,7 @@ from .registry import algorithms
 from .retcode import RetCode
 from .rules import Facts, facts, remark, rules
 from .second import refuse_second
-from .solve import prepare_options, solve
+from .solve import asked, prepare_options, solve
 from .stiffness import DENSE, POINTS, Probes, placed, probed
 from .system import Inputs
 from .trust import checked_once
@@ -217,6 +217,7 @@ def _no_jvp(algorithm: Any) -> dict[str, None]:
 def _candidate(run: Run, x: Inputs, known: Facts, algorithm: Any, work: Work, rule: Any) -> Candidate:
     """One row; a refusal is told in its own words."""
     try:
+        asked(algorithm, None, None)
         ready, _ = choose(run, x, algorithm, verify=False, wanted=known.wanted)
         if known.order == 2:
             refuse_second(ready, run, known.wanted or frozenset())

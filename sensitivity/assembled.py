@@ -89,6 +89,11 @@ class Assembled:
     # -- value and derivatives --------------------------------------------------------------------------------------
 
     @property
+    def only_running(self) -> bool:
+        """Whether the loss is an integral over time and nothing else."""
+        return self.running and not (self.discrete or self.others)
+
+    @property
     def by_ad(self) -> bool:
         """Whether anything must be differentiated by the framework."""
         return bool(self.others) or any(cost.dgdu is None for cost, _, _ in self.discrete)

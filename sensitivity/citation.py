@@ -65,6 +65,12 @@ REFERENCES = {
     "mccallum2024":
         "S. McCallum, J. Foster: Efficient, accurate and stable gradients for neural ODEs. arXiv:2410.11648 "
         "(2024).",
+    "ni2017":
+        "A. Ni, Q. Wang: Sensitivity analysis on chaotic dynamical systems by non-intrusive least squares shadowing "
+        "(NILSS). J. Comput. Phys. 347 (2017) 56-77.",
+    "ni2019":
+        "A. Ni, C. Talnikar: Adjoint sensitivity analysis on chaotic dynamical systems by non-intrusive least squares "
+        "adjoint shadowing (NILSAS). J. Comput. Phys. 395 (2019) 690-709.",
     "norcliffe2023":
         "A. Norcliffe, M. P. Deisenroth: Faster training of neural ODEs using Gauss-Legendre quadrature. Trans. "
         "Mach. Learn. Res. (2023).",
@@ -94,6 +100,9 @@ REFERENCES = {
     "wang2009":
         "Q. Wang, P. Moin, G. Iaccarino: Minimal repetition dynamic checkpointing algorithm for unsteady adjoint "
         "calculation. SIAM J. Sci. Comput. 31 (2009) 2549-2567.",
+    "wang2014":
+        "Q. Wang, R. Hu, P. Blonigan: Least squares shadowing sensitivity analysis of chaotic limit cycle "
+        "oscillations. J. Comput. Phys. 267 (2014) 210-224.",
 }
 
 

@@ -20,10 +20,10 @@ from .jacobian import sizes
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Gradient
-from .solve import build, checked, count, finished, prepare_options, warn_numerical
+from .solve import asked, build, checked, count, finished, prepare_options, warn_numerical
 from .stochastic import Stochastic
 from .system import Inputs
-from .verdict import judge
+from .verdict import judge, warn_of_chaos
 
 NAMES = ("u0", "p", "t0", "t1", "saveat")
 
@@ -67,6 +67,8 @@ def gradient(prob: Any, alg: Any = None, loss: Any = None, *, wrt: Any = None,
     if isinstance(prob, EnsembleProblem):
         return ensemble.run(gradient, prob, (alg, loss),
                             {**options, "wrt": wrt, "sensealg": sensealg, "dloss": dloss, "on_failure": on_failure})
+    if not isinstance(loss, Assembled):
+        wrt = asked(sensealg, loss, wrt)
     names = checked_names(wrt)
     if isinstance(loss, Cost):
         return _of_cost(prob, alg, loss, wrt, names, sensealg, dloss, on_failure, options)
@@ -165,6 +167,8 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     status = be.concrete(bar.status)
     if on_failure == "raise" and be.concrete(aux.status) == RetCode.Success:
         judge(algorithm, be, bar, sol)
+        if isinstance(loss, Assembled) and loss.only_running:
+            warn_of_chaos(algorithm, be, x.u0, value, bar)
     if bar.mismatch is not None:
         sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)

@@ -19,7 +19,7 @@ from .problems import ODEProblem
 from .recommend import method_of
 from .registry import registry
 from .retcode import RetCode
-from .solve import checked, finished, prepare_options, solve, warn_numerical
+from .solve import asked, checked, finished, prepare_options, solve, warn_numerical
 from .system import Partition
 from .verdict import reverse_failure
 
@@ -163,6 +163,7 @@ class Objective:
         options = {k: v for k, v in self.options.items() if k not in ("on_failure", "dloss")}
         on_failure = self.options.get("on_failure", "raise")
         sensealg = self.sensealg
+        asked(sensealg, None, None)
         if sensealg is auto and isinstance(prob, ODEProblem) and self.x0.shape[0] <= self.residuals(x).shape[0]:
             if not self.options.get("events"):
                 sensealg = ForwardSensitivity()  # a row then costs a product, not a reverse solve

@@ -33,6 +33,8 @@ class BackendInfo(NamedTuple):
 class Registry:
     """Backends and algorithms by name, from the `sensitivity` entry points."""
 
+    loading = False  # whether plugins are being imported now
+
     def __init__(self, entry_points: bool = True) -> None:
         # Only when the first array arrives: these take longer to import than all of this package.
         from importlib import metadata
@@ -47,6 +49,7 @@ class Registry:
         self._loaded: dict[str, Any] = {}
         self._by_type: dict[type, str | None] = {}
         if entry_points:
+            Registry.loading = True
             for entry in sorted(metadata.entry_points(group=GROUP), key=lambda e: e.name):
                 try:
                     self.manager.register(entry.load(), name=entry.name)
@@ -54,6 +57,7 @@ class Registry:
                     self.failures[entry.name] = f"{type(e).__name__}: {e}"
                     warnings.warn(f"Plugin {entry.name!r} could not be loaded: {self.failures[entry.name]}",
                                   SensitivityWarning, stacklevel=3)
+            Registry.loading = False
         self.refresh()
 
     def register(self, plugin: Any, name: str | None = None) -> None:
@@ -144,3 +148,8 @@ def algorithms() -> dict[str, Any]:
 def registry() -> Registry:
     """The process-wide registry, built from the entry points at the first call."""
     return Registry()
+
+
+def provided(name: str) -> Any:
+    """The sensitivity algorithm of a plugin with this name, or None; plugins are looked for if it can be a class."""
+    return None if Registry.loading or not name[:1].isupper() else registry().algorithms.get(name)

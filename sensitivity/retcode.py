@@ -18,3 +18,4 @@ class RetCode(IntEnum):
     EventAtSaveTime = 9
     Unstable = 10
     Memory = 11
+    NotAutonomous = 12

@@ -13,7 +13,7 @@ from .gradient import checked_names
 from .probe import through_ad
 from .retcode import RetCode
 from .solution import Solution
-from .solve import checked, finished, prepare_options, warn_numerical
+from .solve import asked, checked, finished, prepare_options, warn_numerical
 
 
 def forward_sensitivities(prob: Any, alg: Any = None, *, wrt: Any = "p", seeds: Any = None, sensealg: Any = auto,
@@ -53,6 +53,7 @@ def forward_sensitivities(prob: Any, alg: Any = None, *, wrt: Any = "p", seeds: 
     if "saveat" in names:
         raise InputError("wrt holds 'saveat'", "the derivative of u(t) in its own time is f(t, u, p)",
                          "choose from u0, p, t0, t1")
+    asked(sensealg, None, wrt)
     algorithm = ForwardSensitivity() if sensealg is auto else checked(sensealg)
     if not algorithm.boundary or "forward" not in algorithm.modes:
         raise UnsupportedCombination(f"{algorithm.name} has no forward mode of its own", "S needs one",

@@ -81,6 +81,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     if on_failure not in ("raise", "nan", "return"):
         raise InputError(f"on_failure={on_failure!r} is none of the possible values",
                          "they are 'raise', 'nan', 'return'", "on_failure='raise'")
+    asked(sensealg, None, None)
     run, x = prepare_options(prob, alg, options, through_ad(prob, sensealg))
     differentiated = run.be.attaches or isinstance(run.method, SteadyStateMethod)
     algorithm, run = choose(run, x, checked(sensealg), verify=differentiated)
@@ -129,6 +130,11 @@ def checked(sensealg: Any) -> Any:
                          f"sensealg={name}()")
     raise InputError(f"sensealg={sensealg!r} is not a sensitivity algorithm", "algorithms are objects, not names",
                      "sensealg=sa.auto")
+
+
+def asked(sensealg: Any, loss: Any, wrt: Any) -> Any:
+    """`wrt` as the algorithm has it, see `SensitivityAlgorithm.asked`."""
+    return wrt if sensealg is auto else checked(sensealg).asked(loss, wrt)
 
 
 def build(prob: Any, run: Run, x: Inputs, algorithm: Any, out: Outputs, aux: Aux) -> Solution:

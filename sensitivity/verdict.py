@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
-from .errors import SolveError
+from .errors import SensitivityWarning, SolveError
 from .retcode import RetCode
+from .userfunction import calling_depth
+
+CHAOTIC = 1e6  # relative change of an integral per relative change of where it starts
 
 
 def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
@@ -14,6 +19,17 @@ def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
     algorithm.verdict(bar, status, None if bar.mismatch is None else be.concrete(bar.mismatch))
     if status is not None and status != RetCode.Success:
         raise reverse_failure(algorithm, RetCode(int(status)), sol)
+
+
+def warn_of_chaos(algorithm: Any, be: Any, u0: Any, value: Any, bar: Any) -> None:
+    """Warn where costates grew so much on the way back that the derivative of an integral says nothing."""
+    size, total = be.concrete(be.rms(u0) * be.rms(bar.u0)), be.concrete(value)
+    if size is not None and total is not None and CHAOTIC * abs(total) < size < math.inf:
+        warnings.warn(f"{algorithm.name}: a relative change of u0 changes the integral {size / abs(total):.0e} times as "
+                      "much, because costates grow exponentially backwards, as along a chaotic solution. The gradient "
+                      "is that of this one trajectory, and no better known than its end. For the derivative of a "
+                      "long-time average take sensealg=sa.AdjointLSS()", SensitivityWarning,
+                      stacklevel=calling_depth())
 
 
 def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:

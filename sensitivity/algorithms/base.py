@@ -98,7 +98,8 @@ class SensitivityAlgorithm:
         `TangentField` (see `sensitivity.second`).
     closed : whether the results of a solve are all that its derivatives need.
     twice : what to do where it gives no second derivatives.
-    kinds : which kinds of problems it serves: "ode", "sde", "dde", "steady".
+    kinds : which kinds of problems it serves: "ode", "sde", "dde", "steady"; "average" for averages
+        along an ODE's solution.
     elsewhere : kinds of problems where its name stands for an algorithm of their own.
     undoes : whether the reverse pass remakes states by undoing steps, and so loses digits that others keep.
     retraces : whether states are found again by going backwards, so that what contracts forwards grows.
@@ -145,6 +146,15 @@ class SensitivityAlgorithm:
     def interpolates(self) -> bool:
         """Whether the output of `dense=True` has derivatives of the steps that were taken."""
         return self.exact
+
+    def asked(self, loss: Any, wrt: Any) -> Any:
+        """The inputs to differentiate, `wrt` as the user gave it; None stands for the usual ones.
+
+        Raises `UnsupportedCombination` where derivatives of this `loss` (None for the states themselves) in these
+        inputs are not what the algorithm gives.
+        """
+        del loss
+        return wrt
 
     def refuse(self, run: Run) -> None:
         """Raise `UnsupportedCombination` if this run is beyond the algorithm."""
