@@ -25,8 +25,9 @@ def warn_of_chaos(algorithm: Any, be: Any, u0: Any, value: Any, bar: Any) -> Non
     """Warn where costates grew so much on the way back that the derivative of an integral says nothing."""
     size, total = be.concrete(be.rms(u0) * be.rms(bar.u0)), be.concrete(value)
     if size is not None and total is not None and CHAOTIC * abs(total) < size < math.inf:
-        warnings.warn(f"{algorithm.name}: a relative change of u0 changes the integral {size / abs(total):.0e} times as "
-                      "much, because costates grow exponentially backwards, as along a chaotic solution. The gradient "
+        more = size / abs(total)
+        warnings.warn(f"{algorithm.name}: a relative change of u0 changes the integral {more:.0e} times as much, "
+                      "because costates grow exponentially backwards, as along a chaotic solution. The gradient "
                       "is that of this one trajectory, and no better known than its end. For the derivative of a "
                       "long-time average take sensealg=sa.AdjointLSS()", SensitivityWarning,
                       stacklevel=calling_depth())

@@ -128,9 +128,8 @@ class _Walk:
         W, unit = start_rows(be, M, self.n, like), be.unit_rows(M, M, 0, like)
         W, _ = orthonormal(be, self.beside(slope, W)[0])
         data, every, one = be.unit_rows(P, M, P, like), be.padded(like[:0], M + P), be.padded(like[:0], self.K)
-        rows = [repeated(be, row, self.K) for row in (unit, unit, data, data, every, every)]
-        segments = Segments(*rows, one, 1.0 * one)
-        segments = segments._replace(C=segments.C + unit[None, :, :])
+        C, R, d, b, gain, along = (repeated(be, row, self.K) for row in (unit, unit, data, data, every, every))
+        segments = Segments(C + unit[None, :, :], R, d, b, gain, along, one, 1.0 * one)
         node = self.tangents(self.t0, like, W, be.unit_rows(P, self.n, P, like))
         return Ahead(node, 0.0, 0, 0.0 * unit, data, segments)
 
