@@ -168,7 +168,7 @@ def _explicit(prob: Any, run: Run, x: Inputs, algorithm: Any, loss: Any, dloss: 
     if on_failure == "raise" and be.concrete(aux.status) == RetCode.Success:
         judge(algorithm, be, bar, sol)
         if isinstance(loss, Assembled) and loss.only_running:
-            warn_of_chaos(algorithm, be, x.u0, value, bar)
+            warn_of_chaos(algorithm, run, x, out.u[-1, :], value, bar)
     if bar.mismatch is not None:
         sol.stats.mismatch, sol.stats.drift = (_number(be, v) for v in (bar.mismatch, bar.drift))
     sol.stats.nvjp, sol.stats.nfe = count(be, bar.nvjp), count(be, sol.stats.nfe + bar.nfe)

@@ -10,7 +10,8 @@ from .errors import SensitivityWarning, SolveError
 from .retcode import RetCode
 from .userfunction import calling_depth
 
-CHAOTIC = 1e6  # relative change of an integral per relative change of where it starts
+CHAOTIC = 1e4  # relative change of an integral per relative change of where it starts
+DECADES = 1e3  # growth of a costate that is exponential
 
 
 def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
@@ -21,16 +22,30 @@ def judge(algorithm: Any, be: Any, bar: Any, sol: Any = None) -> None:
         raise reverse_failure(algorithm, RetCode(int(status)), sol)
 
 
-def warn_of_chaos(algorithm: Any, be: Any, u0: Any, value: Any, bar: Any) -> None:
-    """Warn where costates grew so much on the way back that the derivative of an integral says nothing."""
-    size, total = be.concrete(be.rms(u0) * be.rms(bar.u0)), be.concrete(value)
-    if size is not None and total is not None and CHAOTIC * abs(total) < size < math.inf:
-        more = size / abs(total)
-        warnings.warn(f"{algorithm.name}: a relative change of u0 changes the integral {more:.0e} times as much, "
-                      "because costates grow exponentially backwards, as along a chaotic solution. The gradient "
-                      "is that of this one trajectory, and no better known than its end. For the derivative of a "
-                      "long-time average take sensealg=sa.AdjointLSS()", SensitivityWarning,
-                      stacklevel=calling_depth())
+def warn_of_chaos(algorithm: Any, run: Any, x: Any, end: Any, value: Any, bar: Any) -> None:
+    """Warn where costates of an integral, the last entry of the state, grew exponentially on the way back.
+
+    An integral that depends that much on `u0` is looked at again: is `lam(t0)` more than `int |g_u| dt` can explain?
+    """
+    be, lam = run.be, bar.u0[:-1]
+    size, total = be.concrete(be.rms(x.u0[:-1]) * be.rms(lam)), be.concrete(value)
+    if size is None or total is None or run.kind is not None or not CHAOTIC * abs(total) < size < math.inf:
+        return
+    known = be.known(run, x)
+    if known is None:
+        return
+    run, x = known
+    with run.be.quiet():
+        pull = run.vjp.pullback(run, x, params=False)
+        unit = be.unit_rows(1, x.u0.shape[0], 1 - x.u0.shape[0], x.u0)[0, :]
+        slopes = [be.rms(pull(be.time(be.scalar(t)), u, unit)[0][:-1]) for t, u in ((x.t0, x.u0), (x.t1, end))]
+    push = float(be.concrete(be.greatest(*slopes)) * abs(be.concrete(x.t1) - be.concrete(x.t0)))
+    grown = float(be.concrete(be.rms(lam)))
+    if push > 0.0 and grown > DECADES * push:
+        warnings.warn(f"{algorithm.name}: costates grow backwards by a factor of {grown / push:.0e}, as they do along "
+                      "a chaotic solution. The gradient is that of this one trajectory, and no better known than its "
+                      "end. For the derivative of a long-time average take sensealg=sa.AdjointLSS()",
+                      SensitivityWarning, stacklevel=calling_depth())
 
 
 def reverse_failure(algorithm: Any, code: RetCode, sol: Any = None) -> SolveError:

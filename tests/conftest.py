@@ -153,6 +153,7 @@ SLOW_ON_JAX = (
     "test_sensitivities_on_the",
     "inside_f[jax-I",
     "inside_f[jax-b",
+    "over_a_limit_cycle",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",
@@ -167,6 +168,8 @@ QUICK_ON_JAX = (
     "changes_nothing[jax-Kvaerno3]",
     "test_without_a_matrix[jax-Kvaerno3]",
     "ones_own[jax-pattern]",
+    "limit_cycle[jax-NILSAS]",
+    "solve[jax-AdjointLSS]",
 )
 
 

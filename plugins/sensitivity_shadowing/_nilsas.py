@@ -22,6 +22,7 @@ condition are made by the trapezoidal rule. A segment starts at the first node b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,7 +34,7 @@ from sensitivity.system import Inputs
 
 from ._averages import concluded, timeless
 from ._chain import shortest
-from ._segments import Segmented, bounded, orthonormal, present, repeated, start_rows
+from ._segments import GROWN, Segmented, orthonormal, present, repeated, start_rows
 
 
 class Segments(NamedTuple):
@@ -114,8 +115,10 @@ class NILSAS(Segmented):
         theta = sweep.parameters(solved.log, shadow)
         theta = tuple(ct.u[-1, -1] * v for v in theta)
         products = (M + 2) * end.accepted * stepper.products(1, 1, n)
-        sizes = xp.sqrt(xp.sum(known.first[:, M, :] ** 2, axis=1))
-        status = concluded(run, end.status, timeless(run, x, end.u), bounded(be, sizes, state.behind))
+        # the least of the homogeneous costates is the neutral one, or one that decays
+        there = present(be, K, state.behind, x.u0)
+        growth = xp.sum(xp.log(xp.abs(known.R[:, M - 1, M - 1]) * there + (1.0 - there)))
+        status = concluded(run, end.status, timeless(run, x, end.u), be.scalar(growth) <= math.log(GROWN))
         return base.Cotangents(0.0 * x.u0, theta, 0.0, 0.0, None, products, end.accepted + 4, status)
 
 

@@ -29,12 +29,12 @@ from sensitivity.system import Inputs
 
 from ._averages import concluded, timeless
 from ._chain import shortest
-from ._segments import Segmented, bounded, orthonormal, present, repeated, start_rows
+from ._segments import GROWN, Segmented, orthonormal, present, repeated, start_rows
 
 
 class Segments(NamedTuple):
     """What is known of the segments behind, each with K entries: `C`, `R` `(M, M)`, `d`, `b` `(P, M)`, `gain` and
-    `along`, the integral and xi of each tangent `(m,)`, `g` at the end, and the size of v* at the start."""
+    `along`, the integral and xi of each tangent `(m,)`, `g` at the end, and the size of v* before and behind it."""
 
     C: Array
     R: Array
@@ -43,6 +43,7 @@ class Segments(NamedTuple):
     gain: Array
     along: Array
     g: Array
+    before: Array
     size: Array
 
 
@@ -105,7 +106,10 @@ class NILSS(Segmented):
         mean = (end.u[n] - x.u0[n]) / be.vector([end.t - walk.t0], x.u0)[0]
         part, M = known.gain + known.along * (mean - known.g)[:, None], walk.M
         total = be.xp.sum(part[:, M:] + be.xp.sum(a * part[:, None, :M], axis=2), axis=0)
-        status = concluded(run, end.status, timeless(run, x, end.u), bounded(be, known.size, behind))
+        # v* is rid of all that grows; if it does grow from segment to segment, there is more than W spans
+        early = known.before * present(be, self.segments, (behind + 3) // 4, x.u0)
+        bounded = be.scalar(be.xp.max(known.size)) <= GROWN * be.scalar(be.xp.max(early))
+        status = concluded(run, end.status, timeless(run, x, end.u), bounded)
         theta = be.split(ct.u[-1, -1] * total, x.theta)
         return base.Cotangents(0.0 * x.u0, theta, 0.0, 0.0, None, 0, end.accepted + 5, status)
 
@@ -129,7 +133,7 @@ class _Walk:
         W, _ = orthonormal(be, self.beside(slope, W)[0])
         data, every, one = be.unit_rows(P, M, P, like), be.padded(like[:0], M + P), be.padded(like[:0], self.K)
         C, R, d, b, gain, along = (repeated(be, row, self.K) for row in (unit, unit, data, data, every, every))
-        segments = Segments(C + unit[None, :, :], R, d, b, gain, along, one, 1.0 * one)
+        segments = Segments(C + unit[None, :, :], R, d, b, gain, along, one, 1.0 * one, 1.0 * one)
         node = self.tangents(self.t0, like, W, be.unit_rows(P, self.n, P, like))
         return Ahead(node, 0.0, 0, 0.0 * unit, data, segments)
 
@@ -177,7 +181,8 @@ class _Walk:
         Q, R = orthonormal(be, rows[:M, :])
         b = rows[M:, :] @ Q.T
         v = rows[M:, :] - b @ Q
-        closed = (state.C, R, state.d, b, state.node.u[:, self.n], along, g, xp.sqrt(xp.max(xp.sum(v * v, axis=1))))
+        sizes = (xp.sqrt(xp.max(xp.sum(rows * rows, axis=1))) for rows in (rows[M:, :], v))
+        closed = (state.C, R, state.d, b, state.node.u[:, self.n], along, g, *sizes)
         segments = Segments(*(be.put(old, state.behind, new) for old, new in zip(state.segments, closed, strict=True)))
         state = Ahead(self.tangents(t, u, Q, v), state.half, state.behind + 1, 0.0 * state.C, 0.0 * state.d, segments)
         return state, self.products(xp.concat([Q, v]))

@@ -11,7 +11,7 @@ from sensitivity.errors import InputError
 
 from ._averages import Shadowing, counted, warn_of_few
 
-GROWN = 1e4  # beyond this, what should stay bounded from segment to segment does not
+GROWN = 1e3  # of what should stay bounded over the span
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,3 @@ def present(be: Any, count: int, number: Any, like: Array) -> Array:
     """1 for the first `number` of `count`, else 0."""
     xp = be.xp
     return xp.astype(xp.arange(count, device=be.device(like)) < number, like.dtype)
-
-
-def bounded(be: Any, sizes: Array, number: Any) -> Any:
-    """Whether the first `number` of these sizes do not grow as if something unstable were left in them."""
-    first = be.scalar(be.xp.max(sizes * present(be, sizes.shape[0], (number + 1) // 2, sizes)))
-    return be.scalar(be.xp.max(sizes)) <= GROWN * first
