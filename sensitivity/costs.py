@@ -86,7 +86,8 @@ class ContinuousCost(Cost):
     """`int g(t, u, p) dt` over `tspan`.
 
     It is the last entry of the state: `q' = g(t, u, p)`, `q(t0) = 0`, with an error control of its own, so that
-    every sensitivity algorithm integrates `lam' = -f_u^T lam - g_u` and adds `g_p` to the gradient.
+    every sensitivity algorithm integrates `lam' = -f_u^T lam - g_u` and adds `g_p` to the gradient. Shadowing
+    algorithms give the length of `tspan` times the derivative of the long-time average of `g`.
 
     Parameters
     ----------

@@ -154,6 +154,7 @@ SLOW_ON_JAX = (
     "inside_f[jax-I",
     "inside_f[jax-b",
     "over_a_limit_cycle",
+    "ensembles_of_shadows",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",

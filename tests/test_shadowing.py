@@ -243,6 +243,36 @@ def test_inside_jit(jax_lab):
     assert np.allclose(eager, traced, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["AdjointLSS", "NILSAS"])
+def test_ensembles_of_shadows(lab, name):
+    prob, cost = stuart_landau(lab, 1), sa.ContinuousCost(lambda t, u, p: u[0] ** 2)
+    options = {"sensealg": ALGORITHMS[name], "rtol": 1e-4, "max_steps": 64}
+    rows = lab.array([[MU, OMEGA], [1.1 * MU, OMEGA]])
+    both = sa.gradient(sa.EnsembleProblem(prob, p=rows), sa.Tsit5(), cost, **options).p
+    for i in range(2):
+        one = sa.gradient(prob.remake(p=rows[i]), sa.Tsit5(), cost, **options).p
+        assert np.allclose(lab.numpy(both[i]), lab.numpy(one), rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_of_a_module(torch_lab):
+    import torch
+
+    prob, cost = stuart_landau(torch_lab, 1), sa.ContinuousCost(lambda t, u, p: u[0] ** 2)
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(prob.p.clone())
+
+        def forward(self, t, u, p):
+            return prob.f(t, u, self.p)
+
+    for algorithm in ALGORITHMS.values():
+        inside, given = (sa.gradient(q, sa.Tsit5(), cost, sensealg=algorithm, rtol=1e-4).p
+                         for q in (sa.ODEProblem(Module(), prob.u0, prob.tspan), prob))
+        assert torch.equal(inside[0], given)
+
+
 def test_a_stiff_method_and_a_mass_matrix(numpy_lab):
     prob, g = stuart_landau(numpy_lab, 1), lambda t, u, p: u[0] ** 2
     twice = prob.remake(f=lambda t, u, p: 2.0 * prob.f(t, u, p), mass_matrix=2.0 * np.eye(2))
