@@ -15,7 +15,7 @@ from .system import Inputs
 
 @dataclass(frozen=True, eq=False)
 class DenseOutput:
-    """The states between the recorded steps of one solve."""
+    """The states between the recorded steps of one solve, moved onto the constraints where there are some."""
 
     run: Run
     x: Inputs
@@ -41,8 +41,11 @@ class DenseOutput:
                                  "the solver does not extrapolate", "choose t inside the span")
         direction = be.choose(be.scalar(x.t1) >= be.scalar(x.t0), 1.0, -1.0)
         stepper = bound(run, x)
-        rows = be.sample(stepper.interpolate, self.log, be.scalars(ts), stepper.lift(x.u0), direction)
-        rows = stepper.seen(rows)
+        scalars = be.scalars(ts)
+        rows = stepper.seen(be.sample(stepper.interpolate, self.log, scalars, stepper.lift(x.u0), direction))
+        if stepper.algebraic:
+            _, rows = be.scan(lambda _, x: (0, stepper.corrected(be.time(x[0]), x[1])), 0, (scalars, rows))
+            rows = be.gathered(rows)
         leaves = layout.unravel(be, rows[0, :] if single else rows)
         return be.unflatten(layout.structure, leaves)
 

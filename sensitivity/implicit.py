@@ -120,7 +120,7 @@ class Implicit(Solving):
         if k is not None:
             slopes = be.put(slopes, 0, k)
         eps = be.eps(u.dtype)
-        guesses = be.xp.stack([be.vector(row, u) for row in tab.predictor])
+        guesses = be.asarray(tab.predictor, dtype=u.dtype, device=be.device(u))
 
         def row(carry: tuple, x: tuple, v: Array) -> tuple[tuple, Array]:
             slopes, trust, count = carry

@@ -148,7 +148,7 @@ class Rosenbrock(Solving):
     def _indexed(self, like: Array) -> tuple:
         """What rows of the recursion need: their number, `d_i`, and the weights of the slopes."""
         be, tab = self.be, self.tab
-        return tuple(range(tab.stages)), tab.d, be.xp.stack([be.vector(row, like) for row in tab.full])
+        return tuple(range(tab.stages)), tab.d, be.asarray(tab.full, dtype=like.dtype, device=be.device(like))
 
     def carry(self, K: Array) -> Array | None:
         return None
@@ -196,7 +196,8 @@ class Rosenbrock(Solving):
             return (theta, moved, stretched, be.put(handed, i, w)), y
 
         zero = be.unit_rows(tab.stages, u.shape[0], tab.stages, u)
-        inputs, moves = be.inputs(tab.a, u, h, K), be.inputs(tab.a, 0.0 * u, 1.0, K)
+        inputs = be.inputs(tab.a, u, h, K)
+        moves = be.inputs(tab.a, 0.0 * u, 1.0, K) if time else inputs
         rows = (K, weights.T, weights)
         xs = (*(be.permuted(x, order) for x in (be.times(t, h, tab.c), tab.c, inputs, moves, number)),
               *(be.permuted_rows(x, order) for x in rows))
@@ -221,7 +222,10 @@ class Rosenbrock(Solving):
         d = be.vector(self.tab.d, u)
         if n < self.stages:
             d, K, W = W.T @ d, W.T @ K, be.unit_rows(n, n, 0, u)
-        speed = relative(be, be.xp.reshape(K, (-1,)), u)
+        W = be.vector([h], u) * W
+        size = be.rms(u)
+        size = be.choose(size > 0.0, size, 1.0)
+        least = 1e-3 * be.rms(be.xp.reshape(K, (-1,)))
 
         def along(state: tuple, x: tuple) -> tuple[tuple, int]:
             lam, theta, moved = state
@@ -231,9 +235,8 @@ class Rosenbrock(Solving):
                 u_bar, theta_bar, t_bar = pull(start + e * d_i, u + e * k_i, w)
                 return u_bar, *theta_bar, t_bar
 
-            u_bar, *theta_bar, t_bar = be.directional(flat, relative(be, k_i, u) + 1e-3 * speed)
-            theta = add(theta, tuple(h * v for v in theta_bar), start, u)
-            return (lam + h * u_bar, theta, moved + h * t_bar), 0
+            u_bar, *theta_bar, t_bar = be.directional(flat, (be.rms(k_i) + least) / size)
+            return (lam + u_bar, add(theta, tuple(theta_bar), start, u), moved + t_bar), 0
 
         return be.scan(along, state, (d, K, W))[0]
 
