@@ -23,6 +23,7 @@ from ._lookback import JaxLookback
 from ._loops import JaxLoops
 from ._matrices import Summed, WrittenOut, light
 from ._native import native
+from ._products import by_rows
 
 
 def _register_results():
@@ -225,6 +226,7 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def value_and_vjp(self, f, theta, time, params):
         def at(t, u):
             out, back = jax.vjp(lambda t, u, *th: f(*th or (theta,))(t, u), t, u, *((theta,) if params else ()))
+            back = by_rows(back)
 
             def pull(ct):
                 t_bar, u_bar, *theta_bar = back(ct)
