@@ -86,6 +86,17 @@ def test_single_precision(monkeypatch):
     np.testing.assert_allclose(native, plain, rtol=1e-5)  # a few units in the last place, over 20 steps
 
 
+@here
+def test_what_a_field_does_not_use():
+    def loss(u0, p):
+        return sa.solve(sa.ODEProblem(lambda t, u, p: -u, u0, (0.0, 1.0), p), sa.Tsit5(), rtol=1e-9, atol=1e-9,
+                        sensealg=sa.RecursiveCheckpointAdjoint()).u[0, 0]
+
+    values, loops = compiled(jax.grad(loss, (0, 1)), jnp.ones(1), jnp.ones(1))
+    assert loops == 2
+    np.testing.assert_allclose(values, [np.exp(-1.0), 0.0], rtol=1e-8)
+
+
 OTHERS = {
     "matrix": lambda t, u, p: -p * jnp.ones((3, 3)) @ u,
     "scatter": lambda t, u, p: -p * u[jnp.array([1, 2, 0])],

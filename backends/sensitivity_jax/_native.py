@@ -72,7 +72,7 @@ def _plain(*args, jaxpr):
 
 def _one_function(*args, jaxpr):
     def call(*args):
-        return *_plain(*args, jaxpr=jaxpr), *(x.ravel()[:1] if x.size else x for x in args)
+        return *_plain(*args, jaxpr=jaxpr), *(jnp.reshape(x.ravel()[:1], ()) for x in args)
 
     # XLA aborts over a parameter that the call does not use, or no longer uses once it is known to be a constant:
     # so something of each is a result, and constants are hidden.
@@ -80,11 +80,12 @@ def _one_function(*args, jaxpr):
 
 
 def _lower(ctx, *args, jaxpr):
-    if not known(jaxpr.jaxpr):
+    if not known(jaxpr.jaxpr) or 0 in (v.size for v in jaxpr.in_avals):
         return mlir.lower_fun(_plain, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
     results = mlir.lower_fun(_one_function, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
     attributes = {name: ir.StringAttr.get(value) for name, value in ONE_FUNCTION.items()}
-    results[0].owner.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
+    call = next(r.owner for r in results if getattr(r.owner, "name", None) == "func.call")
+    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(attributes)
     return results[:len(jaxpr.out_avals)]
 
 
