@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     advise.add_argument("--measure", action="store_true", help="make the gradient with every candidate")
     advise.add_argument("--memory", help='what may be kept for a gradient, for example "200MB"')
     advise.add_argument("--wrt", help="differentiate with respect to these, separated by commas; default: u0,p")
+    advise.add_argument("--order", type=int, choices=(1, 2), default=1, help="2 for second derivatives")
     advise.add_argument("--rtol", type=float)
     advise.add_argument("--atol", type=float)
     advise.add_argument("--json", action="store_true", help="print JSON")
@@ -55,7 +56,7 @@ def _advise(options: Any) -> int:
     prob = _problem(options.target)
     wrt = None if options.wrt is None else tuple(options.wrt.split(","))
     more = {k: getattr(options, k) for k in ("rtol", "atol") if getattr(options, k) is not None}
-    advice = advise(prob, measure=options.measure, memory=options.memory, wrt=wrt, **more)
+    advice = advise(prob, measure=options.measure, memory=options.memory, wrt=wrt, order=options.order, **more)
     _show(advice.to_json() if options.json else advice)
     return 0
 

@@ -392,6 +392,8 @@ def test_advise_at_the_command_line(tmp_path):
     done = command("advise", f"{script}:prob", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sensealg"].startswith("sa.RecursiveCheckpointAdjoint(")
+    done = command("advise", f"{script}:prob", "--order", "2", "--json")
+    assert json.loads(done.stdout)["sensealg"].startswith("sa.ForwardOverAdjoint(")
     done = command("advise", str(script))
     assert done.returncode == 1
     assert "prob, other" in done.stderr
