@@ -57,6 +57,8 @@ APART = 6  # how far apart problems of the same kind stand in the run
 ORDER = ("ForwardSensitivity", "ForwardADSensitivity", "InterpolatingAdjoint", "DirectAdjoint", "GaussAdjoint",
          "ReversibleAdjoint", "ReversibleHeunAdjoint", "BacksolveAdjoint", "QuadratureAdjoint")
 COLUMNS = 100
+MANY = 10_000  # steps, where the 2048 that a compiled solve keeps by default are too few
+KINDS = {sa.ODEProblem: "ode", sa.DDEProblem: "dde", sa.SDEProblem: "sde", sa.SteadyStateProblem: "steady"}
 
 
 def compiled(lab, task, sensealg, alg):
@@ -134,11 +136,12 @@ def at_most(limit, why, timer=signal.ITIMER_VIRTUAL, sign=signal.SIGVTALRM):
 
 
 def promising(task):
-    """All algorithms, those that promise most first."""
+    """All algorithms for problems of this kind, those that promise most first."""
     parts = [getattr(task.prob, name) for name in set(wanted(task)) & {"u0", "p"}]
     columns = sum(math.prod(np.shape(v)) for part in parts for v in tree.flatten(part)[0])
     order = [*ORDER[2:], *ORDER[:2]] if columns > COLUMNS else list(ORDER)
-    found = [kind() for kind in algorithms().values()]
+    name = next(name for kind, name in KINDS.items() if isinstance(task.prob, kind))
+    found = [made for made in (kind() for kind in algorithms().values()) if name in made.kinds | made.elsewhere]
     return sorted(found, key=lambda a: order.index(a.name) if a.name in order else len(order))
 
 
@@ -161,6 +164,10 @@ def measured(lab, name, limit):
     alg = recommend.method_of(task.prob, task.alg, task.options)
     auto, values, chosen = call(lab, task, sa.auto, alg)
     made = auto()
+    if lab.name == "jax" and not np.all(np.isfinite(values(made))):  # more steps than a compiled solve keeps by itself
+        task = task._replace(options=task.options | {"max_steps": MANY})
+        auto, values, chosen = call(lab, task, sa.auto, alg)
+        made = auto()
     chosen = made.sensealg if chosen is None else chosen
     wrong = error(name, task, values(made))
     found = {"problem": name, "alg": "-" if alg is None else alg.name, "auto": chosen.name,
