@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from .algorithms.base import Aux, Outputs, Solved, save_times
 from .backend import Array, Record, Scalar
@@ -147,6 +147,12 @@ class Equation:
         self.rhs = StageField.of(run).serve(be, x.theta, x.constants)
         # Output, costs and coefficients do not depend on the vector field.
         self.stepper = run.method.bind(be, self.first, True)
+
+    @classmethod
+    def of(cls, run: Run, x: Inputs, *more: Any) -> Self:
+        """The equation of a run whose lags do not depend on the state."""
+        s, tau = span(run.be, x.t0, x.t1), run.kind.tau(run.be, run, x)
+        return cls(run, x, tau, s, break_points(run, x, tau, s), *more)
 
     def values(self, record: Record, ts: Any) -> Array:
         """The state inside a step."""
@@ -342,11 +348,9 @@ def solve_forward(run: Run, x: Inputs, room: Callable | None = None) -> tuple[Ou
     """The forward solve of every algorithm; all accepted steps are kept, because later ones look at them, or what
     there is `room(equation)` for."""
     be = run.be
-    s = span(be, x.t0, x.t1)
-    tau = run.kind.tau(be, run, x)
-    eq = Equation(run, x, tau, s, break_points(run, x, tau, s))
+    eq = Equation.of(run, x)
     stepper = eq.stepper
-    ts = None if run.saves in (None, "steps") else save_times(run, x, s)
+    ts = None if run.saves in (None, "steps") else save_times(run, x, eq.span)
     rows = sink = None
     if room is not None:
         sink = be.segments(room(eq), stepper, run.saves, ts, x.u0, run.capacity)

@@ -170,6 +170,22 @@ def test_lanes_and_tangents_on_jax(jax_lab):
     np.testing.assert_allclose(tangent, few[0] @ d, rtol=1e-11)
 
 
+def test_backward_twice_on_torch(torch_lab):
+    """The second pass finds what the first one found."""
+    import torch
+
+    prob = problem(torch_lab)
+
+    def total(p, sensealg):
+        return (sa.solve(prob.remake(p=p), sa.RK4(), dt=0.1, sensealg=sensealg).u ** 3).sum()
+
+    p = torch.tensor(P, dtype=torch.float64, requires_grad=True)
+    (whole,) = torch.autograd.grad(total(p, KEEP()), p)
+    loss = total(p, KEEP(memory=memory_for(40, 5)))
+    for keep in (True, False):
+        np.testing.assert_allclose(torch.autograd.grad(loss, p, retain_graph=keep)[0], whole, rtol=1e-13)
+
+
 def test_a_lag_longer_than_the_solve(numpy_lab):
     """Everything is history: a stretch is nothing but the steps so far, and no step is missing for want of room."""
     prob = sa.DDEProblem(lambda t, u, h, p: -p[0] * h(t - p[1]) * u, np.array([0.4]),

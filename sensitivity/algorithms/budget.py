@@ -93,7 +93,7 @@ def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memo
     budget = size(memory)
     if budget is None:
         return Room(None, slots(checkpoints), longest)
-    vector = x.u0.shape[0] * run.be.xp.finfo(x.u0.dtype).bits // 8
+    vector = x.u0.shape[0] * run.be.xp.finfo(x.u0.dtype).bits // 8 * (2 if run.be.is_complex(x.u0) else 1)
     step = (stepper.stages + 1) * vector
     records = (budget - AT_WORK * step) // ((3 if run.be.traced else 2) * step)
     if records < 3:

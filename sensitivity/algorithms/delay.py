@@ -30,13 +30,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from ..backend import Array, Contribution, Record
 from ..delay import LagField, stage_inputs
-from ..delaysolve import Breaks, Equation, Looked, break_points, inside, past_of, solve_forward
+from ..delaysolve import Breaks, Equation, Looked, inside, past_of, solve_forward
 from ..errors import TimesError, UnsupportedCombination
-from ..integrate import Run, Span, span
+from ..integrate import Run, span
 from ..stepper import Adjoint
 from ..system import Inputs
 from . import base, budget, discrete
@@ -83,9 +83,11 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
 
     def reverse(self, run: Run, residuals: base.Solved, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be, kind = run.be, run.kind
-        x, log, end, s, tau, breaks, params = reopened(run, residuals, wanted)
+        x, log, end, _ = residuals
+        params = "theta" in wanted and bool(x.theta)
         timed = base.times_wanted(wanted) or (params and kind.moving)
-        eq = Equation(run, x, tau, s, breaks)
+        eq = Equation.of(run, x)
+        breaks = eq.breaks
         log = be.retaking(log, eq.retake) if self.budgeted else log
         lam, extra, ts_bar = seeded(eq, log, ct)
         sweep = _Moving(eq, log, timed, params)
@@ -111,29 +113,9 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
         from .delaytangent import tangent
 
         if self.budgeted:
-            x, log, _, s, tau, breaks, _ = reopened(run, residuals, frozenset())
-            log = run.be.retaking(log, Equation(run, x, tau, s, breaks).retake)
-            residuals = residuals._replace(log=run.be.remade(log, x.u0))
+            log = run.be.retaking(residuals.log, Equation.of(run, residuals.x).retake)
+            residuals = residuals._replace(log=run.be.remade(log, residuals.x.u0))
         return tangent(run, residuals, d)
-
-
-class Reopened(NamedTuple):
-    """What a forward solve left, with its span, lags and break points; `params`: whether parameters are wanted."""
-
-    x: Inputs
-    log: Any
-    end: Any
-    span: Span
-    tau: Any
-    breaks: Breaks
-    params: bool
-
-
-def reopened(run: Run, residuals: base.Solved, wanted: frozenset[str]) -> Reopened:
-    """The opening of every reverse pass with lags that do not depend on the state."""
-    x, log, end, _ = residuals
-    s, tau = span(run.be, x.t0, x.t1), run.kind.tau(run.be, run, x)
-    return Reopened(x, log, end, s, tau, break_points(run, x, tau, s), "theta" in wanted and bool(x.theta))
 
 
 def seeded(eq: Equation, log: Any, ct: base.Outputs) -> tuple[Array, Any, Any]:

@@ -24,7 +24,7 @@ from ..retcode import RetCode
 from ..system import Inputs
 from . import base, gauss, interpolating, quadrature
 from .continuous import ContinuousAdjoint
-from .delay import refuse_ambiguous, reopened, through_lags
+from .delay import refuse_ambiguous, through_lags
 from .walk import least
 
 
@@ -61,9 +61,10 @@ class _Adjoint(ContinuousAdjoint):
 
     def reverse(self, run: Run, residuals: Any, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
         be = run.be
-        x, log, _, s, tau, breaks, params = reopened(run, residuals, wanted)
+        x, log, _, _ = residuals
+        state, params = State.of(run, x), "theta" in wanted and bool(x.theta)
+        s, breaks = state.span, state.breaks
         ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
-        state = State(run, x, tau, s, breaks)
         more = (len(breaks.times) + len(ts)) * (1 + len(run.kind.combinations))
         back = base.replace(run, method=self.alg or run.method, saves=None, tstops=(), progress=None, norm=None,
                             dt=None if run.controller.adaptive else run.dt, max_steps=run.max_steps + more,

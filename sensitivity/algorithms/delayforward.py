@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from ..backend import Array, Scalar
 from ..delay import stage_inputs
-from ..delaysolve import Breaks, Equation, Inside, State, break_points, inside, march, past_of, solve_forward
-from ..integrate import Run, Span, span
+from ..delaysolve import Breaks, Equation, Inside, State, inside, march, past_of, solve_forward
+from ..integrate import Run, Span
 from ..system import Inputs
 from . import base, forward
 from .delay import refuse_ambiguous
@@ -48,11 +48,9 @@ class ForwardSensitivity(forward.ForwardSensitivity):
     def _solve(self, run: Run, x: Inputs, d: base.Tangents,
                moving: bool) -> tuple[base.Outputs, base.Aux, base.Outputs, Array | None, Any]:
         be, xp = run.be, run.be.xp
-        s = span(be, x.t0, x.t1)
-        tau = run.kind.tau(be, run, x)
-        eq = Augmented(run, x, tau, s, break_points(run, x, tau, s), d, self.errors)
+        eq = Augmented.of(run, x, d, self.errors)
         end, log, more = march(eq)
-        ts = [s.t1] if run.saves is None else base.save_times(run, x, s)
+        ts = [eq.span.t1] if run.saves is None else base.save_times(run, x, eq.span)
         rows = end.u[None, :]
         if run.saves is not None:
             rows = be.reached(be.sample(eq.stepper.interpolate, log, ts, eq.u0, 1.0), ts, end.t, 1.0)

@@ -62,15 +62,15 @@ def moves(run: Run, x: Inputs, d: base.Tangents) -> Array:
 def tangent(run: Run, residuals: base.Solved, d: base.Tangents) -> Array:
     """Push directions through the computed steps: `(m, k, n)` at the outputs."""
     be, xp = run.be, run.be.xp
-    x, log, end, s, tau, breaks, _ = delay.reopened(run, residuals, frozenset())
-    eq = Equation(run, x, tau, s, breaks)
-    ahead = _Ahead(eq, log, d, moves(run, x, d))
+    x, log, end, _ = residuals
+    eq = Equation.of(run, x)
+    ahead, t0 = _Ahead(eq, log, d, moves(run, x, d)), eq.span.t0
     m, n = d.u0.shape
-    state, tangents = be.onward(ahead.step, d.u0, log, ahead.packed(s.t0, s.t0, d.u0, ahead.zeros, 0.0 * d.u0[:, 0]))
+    state, tangents = be.onward(ahead.step, d.u0, log, ahead.packed(t0, t0, d.u0, ahead.zeros, 0.0 * d.u0[:, 0]))
     if run.saves is None:
         return state[:, None, :]
     if run.saves == "steps":
-        last = ahead.packed(s.t0, s.t0, state, ahead.zeros, 0.0 * state[:, 0]).u
+        last = ahead.packed(t0, t0, state, ahead.zeros, 0.0 * state[:, 0]).u
         rows = be.nodes(tangents, last, end.t)[0][:, :m * n]
         return xp.permute_dims(xp.reshape(rows, (-1, m, n)), (1, 0, 2))
     return at_outputs(run, x, eq.stepper, log, tangents, d, (ahead.moves[:, 0], ahead.moves[:, 1]), True)
