@@ -13,6 +13,7 @@ from typing import Any
 
 from . import tree as _tree
 from .errors import UnsupportedCombination
+from .linearsystems import LinearSystems
 from .lookback import Lookback
 from .loops import Loops
 from .records import Array, Contribution, Mark, Record, Scalar
@@ -22,7 +23,7 @@ __all__ = ["Array", "Backend", "Contribution", "Loops", "Mark", "Record", "Scala
 Tree = Any
 
 
-class Backend(Lookback, Loops):
+class Backend(Lookback, LinearSystems, Loops):
     """One array framework.
 
     Required: `name`, `modes`, `xp`, `is_array`; `custom_ad` when the framework has its own AD;
@@ -165,48 +166,6 @@ class Backend(Lookback, Loops):
         """`x`, or NaN everywhere (its derivatives too) if the scalar `bad` holds."""
         return x * math.nan if bad else x
 
-    # -- linear systems ---------------------------------------------------------------------------------------
-
-    def factorize(self, A: Array) -> Callable[..., Array]:
-        """`solve(b, transposed=False)` for `A x = b` or `A^T x = b`; `b` is one vector or a row for each.
-
-        NaN where `A` is singular: nothing is raised, since nothing can be raised where values are traced.
-        """
-
-        def solve(b: Array, transposed: bool = False) -> Array:
-            try:
-                x = self.xp.linalg.solve(A.T if transposed else A, b if b.ndim == 1 else b.T)
-            except Exception:  # the standard leaves open what a singular matrix raises
-                return b * math.nan
-            return x if b.ndim == 1 else x.T
-
-        return solve
-
-    def linear_solve(self, apply: Callable, transposed: Callable, b: Array, solver: Callable) -> Array:
-        """`solver(apply, b)`; a backend whose AD runs through it says here that it solves a linear system."""
-        del transposed
-        return solver(apply, b)
-
-    def weigh(self, mass: Any, z: Array, transposed: bool = False) -> Array:
-        """`M z`, or `M^T z`, of a constant `Mass`, for one vector or a row for each."""
-        M = self.asarray(mass.values, dtype=z.dtype, device=self.device(z))
-        return z @ (M if transposed else M.T)
-
-    def unweigh(self, mass: Any, z: Array, transposed: bool = False) -> Array:
-        """`M^-1 z`, or `M^-T z`, likewise."""
-        inverse = self.asarray(mass.inverse, dtype=z.dtype, device=self.device(z))
-        return z @ (inverse if transposed else inverse.T)
-
-    def factorize_banded(self, bands: Array, lower: int, upper: int) -> Callable[..., Array]:
-        """`factorize` of a banded matrix: `bands` is `(lower + upper + 1, n)`, entry (i, j) in row `upper + i - j`."""
-        from .banded import factorize
-
-        return factorize(self, bands, lower, upper)
-
-    def factorize_sparse(self, values: Any, pattern: Any) -> Callable[..., Array]:
-        """`factorize` of the matrix with these entries of a pattern, as NumPy numbers; where `sparse_lu` holds."""
-        raise NotImplementedError
-
     # -- ensembles and processes ------------------------------------------------------------------------------
 
     def members(self, one: Callable, rows: list[Array]) -> Any:
@@ -342,11 +301,6 @@ class Backend(Lookback, Loops):
             return push(t, u, self.unit_rows(n, n, 0, u), None)[1].T
 
         return jac
-
-    def shifted(self, J: Array, c: Scalar, M: Array | None = None) -> Array:
-        """`M - c J`, the identity for M = None."""
-        n = J.shape[0]
-        return (self.unit_rows(n, n, 0, J) if M is None else M) - c * J
 
     def pulls(self, rhs: Callable) -> Callable:
         """`pull(t, u, rows) -> rows f_u` for `rhs(t, u)`, one product with the transpose for each row."""
