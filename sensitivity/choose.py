@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 from .algorithms.base import bound, unsupported
-from .errors import UnsupportedCombination
+from .errors import SensitivityWarning, UnsupportedCombination
 from .integrate import Run
 from .mass import check_index
 from .rules import PRODUCT_RULES, Rule, Source, facts, selected
 from .system import Inputs
 from .trust import checked_once
+from .userfunction import calling_depth
 from .vjp import VJP, ReverseVJP, UserVJP
 
 
@@ -59,6 +61,8 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
     elif missing := vjp.missing(run):
         raise UnsupportedCombination(f"{vjp.name} cannot be used", missing,
                                      "vjp=FiniteDifferenceVJP() serves any f; vjp=auto chooses")
+    elif unused := vjp.unused(run):
+        warnings.warn(unused, SensitivityWarning, stacklevel=calling_depth())
     run = replace(run, vjp=vjp)
     if run.events and not sensealg.events:
         raise UnsupportedCombination(f"{sensealg.name} does not go with events", "it has no jump conditions for them",

@@ -50,6 +50,10 @@ class VJP:
         """Why this choice cannot serve here, or None."""
         return None
 
+    def unused(self, run: Run) -> str | None:
+        """What was asked for and changes nothing here, in a sentence, or None."""
+        return None
+
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         """`pull(t, u, ct) -> (f_u^T ct, f_p^T ct, f_t . ct)`; the last is 0.0 unless `time`, the second () unless
         `params`."""
@@ -97,7 +101,8 @@ class ReverseVJP(VJP):
     Parameters
     ----------
     compile : bool
-        Ask the backend to compile the product where it can do so separately; JAX always compiles.
+        Ask the backend to compile the product where it can do so separately; JAX always compiles, NumPy and PyTorch
+        cannot, and say so in a warning.
     """
 
     compile: bool = False
@@ -105,6 +110,11 @@ class ReverseVJP(VJP):
     def missing(self, run: Run) -> str | None:
         be = run.be
         return None if "reverse" in be.modes else f"the {be.name} backend has no reverse-mode AD" + be.how_to_get_ad
+
+    def unused(self, run: Run) -> str | None:
+        if not self.compile or run.be.traced:
+            return None
+        return f"compile=True of ReverseVJP changes nothing on {run.be.name}: its products are not compiled separately"
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         return run.be.vjp(_through(run, x), x.theta, time=time, params=params)

@@ -1,9 +1,12 @@
 """Combinations that are refused: before any work, by name, with what to use instead."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
 import sensitivity as sa
+from sensitivity.testing import models
 
 PROB = sa.ODEProblem(lambda t, u, p: -p * u, np.array([1.0, 2.0]), (0.0, 1.0), np.array(0.5))
 
@@ -53,3 +56,14 @@ def test_signatures_of_the_algorithms():
     assert sa.InterpolatingAdjoint(jvp, checkpointing="auto", checkpoints=None).vjp == jvp
     assert sa.RecursiveCheckpointAdjoint(None, None) == sa.RecursiveCheckpointAdjoint(checkpoints=None, memory=None)
     assert gradient(sensealg=sa.ForwardSensitivity(jvp=jvp)).sensealg.jvp == jvp
+
+
+def test_an_option_without_effect_is_not_silent(lab):
+    """Products are compiled where everything is; elsewhere the request is answered."""
+    prob = models.lotka_volterra(lab.xp).remake(tspan=(0.0, 0.1))
+    asked = sa.RecursiveCheckpointAdjoint(vjp=sa.ReverseVJP(compile=True))
+    expected = contextlib.nullcontext() if lab.be.traced else pytest.warns(sa.SensitivityWarning, match="compile=True")
+    with expected:
+        r = sa.gradient(prob, sa.Tsit5(), lambda sol: sol.u.sum(), sensealg=asked)
+    plain = sa.gradient(prob, sa.Tsit5(), lambda sol: sol.u.sum())
+    np.testing.assert_allclose(lab.numpy(r.p), lab.numpy(plain.p), rtol=1e-13)
