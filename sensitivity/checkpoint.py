@@ -30,26 +30,32 @@ class Plan(NamedTuple):
 
     `slots` states; all steps with their stages as long as there are at most `whole` of them. `steps` is the number of
     steps where it is known beforehand, else None. With `spill`, the states go to a file in that folder, or in the
-    system's own if it is "".
+    system's own if it is "". Up to `block` steps that are taken again are held together until they are reversed, so
+    that schedules count blocks instead of steps.
     """
 
     slots: int
     steps: int | None = None
     whole: int = 0
     spill: str | None = None
+    block: int = 1
 
     def places(self) -> Iterator[int]:
         """For each step the slot that its state goes to, or -1; never ends."""
         if self.steps is None:
-            return online(self.slots)
-        return itertools.chain(offline(self.steps, self.slots), itertools.repeat(-1))
+            places = online(self.slots)
+        else:
+            places = itertools.chain(offline(-(-self.steps // self.block), self.slots), itertools.repeat(-1))
+        inside = (-1,) * (self.block - 1)
+        return (place for first in places for place in (first, *inside))
 
 
 class Action(NamedTuple):
     """One thing to do in a reverse pass.
 
     `restore`: continue from the state in `slot`, which is state `step`. `advance`: take step `step`. `store`: put the
-    present state, `step`, into `slot`. `reverse`: take step `step` and use its stages.
+    present state, `step`, into `slot`. `hold`: take step `step` and keep its stages. `reverse`: use the stages of step
+    `step`, which is taken now unless it is held.
     """
 
     kind: str
@@ -130,29 +136,35 @@ def _dispensable(levels: Sequence[float]) -> int | None:
     return None
 
 
-def reverse(steps: int, slots: int, held: dict[int, int]) -> Iterator[Action]:
+def reverse(steps: int, slots: int, held: dict[int, int], block: int = 1) -> Iterator[Action]:
     """The actions that reverse steps `steps - 1, ..., 0`, given which states are held: `{slot: step}`.
 
     The solve has just taken the newest step, so that its stages are at hand. Between two held states the number of
     steps is known, so revolve is optimal there with the slots that are free. With the states that `offline` chose,
-    `advances(steps, slots)` steps are taken in all, those before a `reverse` included.
+    `advances(steps, slots)` steps are taken in all, those before a `reverse` included. With larger blocks the same holds
+    for the number of blocks, each of which is held for its reversal.
     """
     if steps > 0:
         yield Action("reverse", steps - 1)
     stack = sorted((step, slot) for slot, step in held.items() if step < steps - 1)
     unused = sorted(set(range(min(slots, steps) + 1)) - {slot for _, slot in stack})
-    for last in reversed(range(steps - 1)):
+    last = steps - 2
+    while last >= 0:
         while stack[-1][0] > last:
             unused.append(stack.pop()[1])
         here, slot = stack[-1]
         yield Action("restore", here, slot)
-        while here < last:
-            free, left = slots - len(stack) + 1, last - here + 1
-            target = here + split(left, free) if free > 1 else last
+        while last - here >= block:
+            free, blocks = slots - len(stack) + 1, 1 + (last - here) // block
+            target = here + block * (split(blocks, free) if free > 1 else blocks - 1)
             for step in range(here, target):
                 yield Action("advance", step)
-            if free > 1 and target > here:
+            if free > 1:
                 stack.append((target, unused.pop()))
                 yield Action("store", *stack[-1])
             here = target
-        yield Action("reverse", last)
+        for step in range(here, last):
+            yield Action("hold", step)
+        for step in reversed(range(here, last + 1)):
+            yield Action("reverse", step)
+        last = here - 1

@@ -102,7 +102,8 @@ class Recall:
             yield from ((n, kept.whole[n]) for n in reversed(range(len(kept.whole))))
             return
         u = k = None
-        for kind, n, slot in reverse(len(t), kept.plan.slots, kept.held()):
+        held: dict[int, Record] = {}
+        for kind, n, slot in reverse(len(t), kept.plan.slots, kept.held(), kept.plan.block):
             if kind == "restore":
                 _, u, k = states[slot]
             elif kind == "store":
@@ -111,11 +112,20 @@ class Recall:
                 u, K = stepper.step(t[n], h[n], u, k)
                 k = stepper.carry(K)
                 self.taken += 1
+            elif n in held:
+                yield n, held.pop(n)
             elif n == len(t) - 1 and kept.newest is not None:
                 yield n, kept.newest
             else:
                 self.taken += 1
-                yield n, Record(t[n], h[n], u, stepper.retake(t[n], h[n], u, k)[1])
+                start = u
+                u, K = stepper.retake(t[n], h[n], start, k)
+                k = stepper.carry(K)
+                record = Record(t[n], h[n], start, K)
+                if kind == "hold":
+                    held[n] = record
+                else:
+                    yield n, record
 
     def forwards(self, u: Array) -> Iterator[Record]:
         """All steps from the first, which starts from `u`, to the newest."""

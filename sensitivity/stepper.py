@@ -147,6 +147,11 @@ class Stepper:
         """`step`, once more, to be pulled back soon."""
         return self.step(t, h, u, k)
 
+    def retaken(self, x: Any, dt: float | None, vector: int) -> int:
+        """How many bytes a step taken again holds, for states of `vector` bytes; of the solve of `x` with step `dt`."""
+        del x, dt
+        return (self.stages + 1) * vector
+
     def error(self, t: Scalar, h: Scalar, u: Array, K: Array) -> Array:
         """The estimated error of a step; not finite where the step could not be computed."""
         raise NotImplementedError

@@ -38,11 +38,11 @@ def held_after(places, steps):
     return {slot: step for slot, step in held.items() if step < steps - 1}
 
 
-def perform(steps, slots, held):
+def perform(steps, slots, held, block=1):
     """Perform a reverse pass with numbers for states: `(steps taken, most often taken beside reversals)`."""
-    memory, here, due, taken = dict(held), None, steps - 1, 0
+    memory, here, due, taken, whole = dict(held), None, steps - 1, 0, set()
     often = [1] * (steps - 1) + [0]
-    for kind, step, slot in reverse(steps, slots, held):
+    for kind, step, slot in reverse(steps, slots, held, block):
         assert len({s for s in memory.values() if s <= due and s < steps - 1}) <= slots
         if kind == "restore":
             here = memory[slot]
@@ -55,11 +55,17 @@ def perform(steps, slots, held):
             assert here == step
             here, taken = here + 1, taken + 1
             often[step] += 1
+        elif kind == "hold":
+            assert here == step
+            here, taken = here + 1, taken + 1
+            whole.add(step)
+            assert len(whole) < block
         else:
             assert step == due
-            assert here == step or step == steps - 1
+            assert here == step or step == steps - 1 or step in whole
             due -= 1
-            taken += step < steps - 1
+            taken += step < steps - 1 and step not in whole
+            whole.discard(step)
     assert due == -1
     return taken, max(often)
 
@@ -99,6 +105,21 @@ def test_online_repeats_no_step_more_often_than_the_bound(slots):
         taken, often = perform(steps, slots, held)
         assert often <= max(repetitions(steps, slots), 1)
         assert 3 * taken <= 4 * advances(steps, slots) + 1
+
+
+@pytest.mark.parametrize("block", [2, 5, 16])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_blocks_are_reversed_as_steps_are(slots, block):
+    """A block that ends before the newest step is taken as often as a step of a solve with as many steps as blocks."""
+    for steps in STEPS:
+        for known in (steps, None):
+            plan, blocks = Plan(slots, known, block=block), -(-steps // block)
+            taken, often = perform(steps, slots, held_after(plan.places(), steps), block)
+            assert often <= max(repetitions(blocks, slots), 1)
+            if known is not None:
+                assert taken <= block * advances(blocks, slots) + steps - 1
+            if blocks <= slots:
+                assert taken == steps - 1
 
 
 def test_plan_is_offline_where_the_number_of_steps_is_known():

@@ -8,6 +8,7 @@ import sensitivity as sa
 torch = pytest.importorskip("torch")
 _ahead = pytest.importorskip("sensitivity_torch._ahead")
 _taped = pytest.importorskip("sensitivity_torch._taped")
+peak = pytest.importorskip("sensitivity_torch._memory").peak
 
 N = _ahead.LARGEST + 4
 METHODS = {"Tsit5": (sa.Tsit5(), {"rtol": 1e-6}), "RK4": (sa.RK4(), {"dt": 0.05}), "Euler": (sa.Euler(), {"dt": 0.02})}
@@ -35,6 +36,11 @@ def branching(t, u, p):
 def apart(t, u, p):
     """Does not depend on the state."""
     return torch.cos(t) * torch.tanh(p[0]).sum(1)
+
+
+def wide(t, u, p):
+    """Few parameters, and fifty numbers for each of the state on the way."""
+    return p[1] * torch.tanh(p[0] * u[:, None] * torch.linspace(-1.0, 2.0, 50, dtype=u.dtype)).mean(1) - 0.1 * u
 
 
 def scalar(t, u, p):
@@ -79,6 +85,27 @@ def test_equals_single_stages(monkeypatch, kind, method, saves, budget):
 def test_steps_beyond_the_room_are_taken_again(monkeypatch, method):
     monkeypatch.setattr(_taped, "ROOM", 20_000)
     assert_same(*gradients(monkeypatch, net, weights(60), method, None, sa.RecursiveCheckpointAdjoint()))
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    (sa.Euler(), {"dt": 0.02}), (sa.Tsit5(), {"rtol": 1e-11, "atol": 1e-12})], ids=["Euler", "Tsit5"])
+def test_memory_counts_what_autograd_keeps(method, options):
+    """What `f` makes on the way is far larger than the state: the peak of all tensors stays within the budget, and no
+    step of fixed size is taken more than twice, but one for its size."""
+    memory = 250_000
+    prob = sa.ODEProblem(wide, state(), (0.0, 20.0), [torch.tensor(0.8).double(), torch.tensor(0.3).double()])
+    out = []
+
+    def gradient(sensealg):
+        out.append(sa.gradient(prob, method, loss=lambda sol: (sol.u**2).sum(), sensealg=sensealg, **options))
+
+    small = peak(lambda: gradient(sa.RecursiveCheckpointAdjoint(memory=memory)), torch.device("cpu"))
+    large = peak(lambda: gradient(sa.RecursiveCheckpointAdjoint()), torch.device("cpu"))
+    assert small < memory < large / 4
+    for a, b in zip(out[0].p, out[1].p, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    if not method.adaptive:
+        assert out[0].stats.nfe == 2 * out[1].stats.nfe
 
 
 def test_room_is_what_autograd_keeps():

@@ -164,7 +164,9 @@ class TorchBackend(Backend):
         weights = self._rows(a)
         for i in range(start, s):
             v = base if bases is None else bases[i]
-            if weights[i] is not None:
+            if i == 1 and a[1]:
+                v = torch.add(v, rows[0], alpha=scale * a[1][0])
+            elif weights[i] is not None:
                 v = torch.addmv(v, columns[i], weights[i], alpha=scale)
             carry, x = row(carry, [x[i] for x in xs], v)
             rows[i].copy_(x)
@@ -174,6 +176,8 @@ class TorchBackend(Backend):
         return carry, out.clone()
 
     def combine(self, base, scale, weights, rows):
+        if len(weights) == 1 and base is not None:
+            return torch.add(base, rows.squeeze(0), alpha=scale * weights[0])
         w = self._constant(weights)
         if base is None:
             return torch.addmv(rows[0], rows.t(), w, beta=0, alpha=scale)

@@ -42,12 +42,16 @@ def _explicit(run):
 def forward(algorithm, run, x, wanted):
     """`algorithm.forward` with steps that are recorded while there is room."""
     tape = Tape(run, x, wanted, 0 if algorithm.budgeted else ROOM)
-    return algorithm.forward(tape.run, x, wanted)
+    out, aux, residuals = algorithm.forward(tape.run, x, wanted)
+    return out, aux._replace(nfe=aux.nfe + tape.extra), residuals
 
 
 def reverse(algorithm, run, residuals, ct, wanted, keep):
     """`algorithm.reverse` along the records, which are not used again unless `keep`."""
     tape = Tape(run, residuals.x, wanted, 0, keep)
+    if algorithm.memory is not None:
+        # Making the products of a batch of stages holds about four times as much as their records.
+        tape.limit = min(BLOCK, max(1, residuals.log.plan.block // 4))
     bar = algorithm.reverse(tape.run, residuals, ct, wanted)
     return bar._replace(theta=tape.collected(bar.theta))
 
@@ -74,7 +78,7 @@ class Tape:
     implicit, one_step = False, True
 
     def __init__(self, run, x, wanted, room, keep=True):
-        self.method, self.room, self.keep, self.needs = run.method, room, keep, 0
+        self.method, self.room, self.keep, self.needs, self.extra = run.method, room, keep, 0, 0
         self.params = "theta" in wanted
         size = sum(v.numel() for v in x.theta)
         self.deferred = self.params and size > DEFERRED * x.u0.shape[0]
@@ -83,7 +87,7 @@ class Tape:
         self.bound = run.field.bind(run.be.differentiable(), self.leaves, x.constants)
         self.rhs = self.measured if room else self.bound
         self.field = lambda leaves: run.field.bind(run.be, leaves, x.constants)
-        self.theta, self.block, self.segment = x.theta, [], []
+        self.theta, self.block, self.limit, self.segment = x.theta, [], BLOCK, []
         self.sums = None
         self.run = replace(run, method=self)
 
@@ -108,7 +112,7 @@ class Tape:
     def defer(self, stages):
         """Stages `(t, u, k, ct)` whose products with the parameters are due later."""
         self.block += stages
-        if len(self.block) >= BLOCK:
+        if len(self.block) >= self.limit:
             self.flush()
 
     def flush(self):
@@ -135,7 +139,6 @@ class Taped(Explicit):
     def __init__(self, be, tab, rhs, tape):
         super().__init__(be, tab, rhs)
         self.tape = tape
-        self.weights = be._rows(tab.a)
 
     def lift(self, u):
         return _noted(u.detach().requires_grad_()) if self.tape.room > 0 else u
@@ -176,17 +179,30 @@ class Taped(Explicit):
             known = len(rows) - len(points)
             v = start
             for i in range(len(rows), tab.stages):
-                w = self.weights[i]
-                v = start if w is None else torch.addmv(start, torch.stack(rows).t(), w, alpha=h)
+                v = self._moved(start, h, tab.a[i], rows)
                 points.append(v)
                 rows.append(tape.stage(times[i], v))
-            K = torch.stack(rows)
-            end = v if tab.fsal else self.be.combine(start, h, tab.b, K)
-        K = K.detach()
+            end = v if tab.fsal else self._moved(start, h, tab.b, rows)
+        K = (torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)).detach()
         K.recorded = Recorded(start, slope, points, rows[known:], rows, end, tape.leaves)
         return _noted(end), K
 
     retake = recorded
+
+    def retaken(self, x, dt, vector):
+        """One evaluation of `f` says how much autograd keeps."""
+        with torch.enable_grad():
+            self.tape.measured(self.times(self.be.scalar(x.t0), dt or 0.0)[0], x.u0.detach().requires_grad_())
+        self.tape.extra += 1
+        return super().retaken(x, dt, vector) + self.tape.needs * self.stages
+
+    def _moved(self, start, h, weights, rows):
+        """As `combine`, where a matrix of one row would cost autograd more than the sum."""
+        if not any(weights):
+            return start
+        if len(rows) == 1:
+            return torch.add(start, rows[0], alpha=h * weights[0])
+        return torch.addmv(start, torch.stack(rows).t(), self.be._constant(weights), alpha=h)
 
     def times(self, t, h):
         """The first arguments of the stages."""
@@ -241,7 +257,7 @@ class TapedDriven(Taped, Driven):
 
     def __init__(self, be, scheme, rhs, tape):
         Driven.__init__(self, be, scheme, rhs)
-        self.tape, self.weights = tape, be._rows(self.tab.a)
+        self.tape = tape
 
     def times(self, t, h):
         return self.drive(t, h).unbind()

@@ -14,8 +14,9 @@ from ..segments import Room
 from ..system import Inputs
 from . import base
 
-# Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way.
-AT_WORK = 8
+# Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way; of what
+# else a step holds (see `Stepper.retaken`), three times as much.
+AT_WORK, AT_F = 8, 3
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -54,7 +55,9 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     """The plan for this solve; with `memory`, for states and stages of the size and dtype at hand.
 
     A state costs `n` numbers, `2 n` for a first-same-as-last method, whose slope is kept with it so that the step
-    taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps.
+    taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps. Where
+    loops are not compiled, half of the memory holds blocks of steps taken again: with states between blocks only, up to
+    `m^2 / 4` steps are taken again once, where `m` steps fit, and not as often as `reverse` must with states alone.
 
     Raises
     ------
@@ -72,12 +75,15 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     u0 = stepper.lift(x.u0)
     vector = u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
     step, state = (stepper.stages + 1) * vector, (1 + stepper.fsal) * vector
-    room = budget - AT_WORK * step
+    held = stepper.retaken(x, run.dt, vector)
+    work = AT_WORK * step + AT_F * (held - step)
+    room = budget - work
     if room < 2 * state:
         raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
-                         f"pulling back one step needs {AT_WORK * step + 2 * state} bytes",
-                         f"memory={AT_WORK * step + 10 * state} or more")
-    return Plan(room // state - 1, steps, room // step)
+                         f"pulling back one step needs {work + 2 * state} bytes",
+                         f"memory={work + 10 * state} or more")
+    block = 1 if be.traced else max(1, room // 2 // held)
+    return Plan((room - (block - 1) * held) // state - 1, steps, room // step, block=block)
 
 
 def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memory: Any) -> Room:

@@ -41,9 +41,10 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         How many states to keep; steps between them are taken again in the reverse pass. None, without `memory`, keeps
         every accepted step.
     memory : str or int, optional
-        A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else as
-        many states as fit. Not counted are 16 bytes for each step, the output and the gradient itself. Of a delay
-        equation, stretches of history are kept in place of states, see `sensitivity.segments`.
+        A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else
+        states between blocks of steps, which take half of it. Not counted are 16 bytes for each step, the output and
+        the gradient itself. Of a delay equation, stretches of history are kept in place of states, see
+        `sensitivity.segments`.
     spill : bool or path
         Put the states into a memory-mapped file, in this folder or in the system's own, which is deleted when nothing
         needs it any more; every step is then taken again once. For NumPy and PyTorch.
