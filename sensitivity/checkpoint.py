@@ -141,8 +141,8 @@ def reverse(steps: int, slots: int, held: dict[int, int], block: int = 1) -> Ite
 
     The solve has just taken the newest step, so that its stages are at hand. Between two held states the number of
     steps is known, so revolve is optimal there with the slots that are free. With the states that `offline` chose,
-    `advances(steps, slots)` steps are taken in all, those before a `reverse` included. With larger blocks the same holds
-    for the number of blocks, each of which is held for its reversal.
+    `advances(steps, slots)` steps are taken in all, those before a `reverse` included. With larger blocks the same
+    holds for the number of blocks, each of which is held for its reversal.
     """
     if steps > 0:
         yield Action("reverse", steps - 1)

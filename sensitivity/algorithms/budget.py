@@ -14,9 +14,9 @@ from ..segments import Room
 from ..system import Inputs
 from . import base
 
-# Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way; of what
-# else a step holds (see `Stepper.retaken`), three times as much.
-AT_WORK, AT_F = 8, 3
+# Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way.
+AT_WORK = 8
+IN_F = 3  # the same for what `f` leaves behind in a step, see `Stepper.retaken`
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -76,7 +76,7 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     vector = u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
     step, state = (stepper.stages + 1) * vector, (1 + stepper.fsal) * vector
     held = stepper.retaken(x, run.dt, vector)
-    work = AT_WORK * step + AT_F * (held - step)
+    work = AT_WORK * step + IN_F * (held - step)
     room = budget - work
     if room < 2 * state:
         raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
