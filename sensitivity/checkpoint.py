@@ -45,7 +45,8 @@ class Plan(NamedTuple):
         if self.steps is None:
             places = online(self.slots)
         else:
-            places = itertools.chain(offline(-(-self.steps // self.block), self.slots), itertools.repeat(-1))
+            blocks = 1 - (1 - self.steps) // self.block  # the newest step is one of its own, as it is not taken again
+            places = itertools.chain(offline(blocks, self.slots), itertools.repeat(-1))
         inside = (-1,) * (self.block - 1)
         return (place for first in places for place in (first, *inside))
 
