@@ -55,7 +55,7 @@ def solve(prob: Any, alg: Any = None, *, sensealg: Any = auto, on_failure: str =
     dense : bool
         Keep dense output for `sol(t)`; without it the first `sol(t)` solves once more.
     backend, device, dtype
-        Where to compute; by default what the arrays say.
+        Where to compute; by default what the arrays say. A device is the framework's own object, or a name: "cuda:0".
     progress : bool or callable `(fraction, t)`
     on_failure : "raise", "nan" or "return"
         What a failed solve does; inside `jit` and `vmap`, where nothing can be raised, outputs are NaN.

@@ -60,6 +60,9 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         return jax.tree.unflatten(structure, leaves)
 
     def asarray(self, x, dtype=None, device=None):
+        if isinstance(device, str):
+            kind, _, index = device.partition(":")
+            device = jax.devices(kind)[int(index or 0)]
         return jnp.asarray(x, dtype=dtype, device=device)
 
     def default_float(self):
