@@ -42,6 +42,27 @@ def threefry(k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
     return x0, x1
 
 
+def threefry_in_place(k0: Any, k1: Any, x0: Any, x1: Any) -> tuple[Any, Any]:
+    """`threefry` of NumPy arrays, in 32-bit words that overflow by themselves."""
+    import numpy as np
+
+    k0, k1, x0, x1 = (np.array(v, dtype=np.uint32) for v in (k0, k1, *np.broadcast_arrays(x0, x1)))
+    keys, spare = (k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)), np.empty_like(x1)
+    x0 += k0
+    x1 += k1
+    for i in range(5):
+        for r in ROTATIONS[i % 2]:
+            x0 += x1
+            np.left_shift(x1, np.uint32(r), out=spare)
+            x1 >>= np.uint32(32 - r)
+            x1 |= spare
+            x1 ^= x0
+        x0 += keys[(i + 1) % 3]
+        x1 += keys[(i + 2) % 3]
+        x1 += np.uint32(i + 1)
+    return x0, x1
+
+
 def normals(be: Any, key: Array, nodes: Array, channels: Array, dtype: Any) -> tuple[Array, Array]:
     """Two independent standard normal numbers for every node and channel, `(len(nodes), len(channels))` (Box, Muller).
 

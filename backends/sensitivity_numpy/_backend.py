@@ -10,6 +10,7 @@ from array_api_compat import numpy as xp
 
 from sensitivity import lapack
 from sensitivity.backend import Backend
+from sensitivity.noise import threefry_in_place
 
 KEPT_BYTES = 2**29
 
@@ -190,6 +191,9 @@ class NumpyBackend(Backend):
         from ._boxes import BoxBackend
 
         return BoxBackend()
+
+    def threefry(self, k0, k1, x0, x1):
+        return threefry_in_place(k0, k1, x0, x1)
 
     # -- linear systems -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from array_api_compat import torch as xp
 from sensitivity import lapack
 from sensitivity.backend import Backend
 from sensitivity.errors import UnsupportedCombination, undefined
+from sensitivity.noise import threefry_in_place
 
 from . import _attach, _autodiff, _levels
 
@@ -235,6 +236,13 @@ class TorchBackend(Backend):
         """A solver on NumPy arrays as one on tensors."""
         return lambda b, transposed=False: torch.as_tensor(
             solve(self.host(b), transposed), dtype=b.dtype, device=b.device)
+
+    def threefry(self, k0, k1, x0, x1):
+        given = k0, k1, x0, x1
+        if x0.device.type != "cpu" or any(map(_levels.wrapped, given)):
+            return super().threefry(*given)
+        found = threefry_in_place(*(v.numpy() for v in given))
+        return tuple(torch.from_numpy(v.astype(np.int64)) for v in found)
 
     def rows(self, f, arrays):
         try:
