@@ -126,7 +126,8 @@ class TorchBackend(Backend):
         """Numbers as a tensor, made once."""
         found = self._constants.get(numbers)
         if found is None:
-            found = self._constants[numbers] = torch.tensor(numbers, dtype=self.dtype, device=self._device)
+            with _levels.outside():  # what is made inside a transform does not outlive it
+                found = self._constants[numbers] = torch.tensor(numbers, dtype=self.dtype, device=self._device)
         return found
 
     def _rows(self, a):
