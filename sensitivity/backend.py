@@ -18,9 +18,13 @@ from .lookback import Lookback
 from .loops import Loops
 from .records import Array, Contribution, Mark, Record, Scalar
 
-__all__ = ["Array", "Backend", "Contribution", "Loops", "Mark", "Record", "Scalar", "Tree"]
+__all__ = ["Array", "Backend", "Contribution", "Loops", "Mark", "Record", "Scalar", "Tree", "Unbatched"]
 
 Tree = Any
+
+
+class Unbatched(UnsupportedCombination):
+    """`Backend.rows` cannot evaluate a function for all rows at once."""
 
 
 class Backend(Lookback, LinearSystems, Loops):
@@ -178,7 +182,7 @@ class Backend(Lookback, LinearSystems, Loops):
         return stacked(self, [one(i, [x[i, ...] for x in rows]) for i in range(rows[0].shape[0])])
 
     def rows(self, f: Callable[[list[Array]], list[Array]], arrays: list[Array]) -> list[Array]:
-        """`f([row_i of each array])` for every i, each of its results stacked."""
+        """`f([row_i of each array])` for every i, each of its results stacked; or `Unbatched` where `batches` holds."""
         results = [f([x[i, ...] for x in arrays]) for i in range(arrays[0].shape[0])]
         return [self.xp.stack(column) for column in zip(*results, strict=True)]
 
@@ -207,8 +211,8 @@ class Backend(Lookback, LinearSystems, Loops):
         return self.xp.arange(n, dtype=self.word(), device=self.device(like))
 
     def threefry(self, k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
-        """The Threefry-2x32 generator; see `noise.threefry`."""
-        from .noise import threefry
+        """The Threefry-2x32 generator; see `threefry.threefry`."""
+        from .threefry import threefry
 
         return threefry(k0, k1, x0, x1)
 

@@ -8,7 +8,6 @@ solve and its gradient take the same method.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from .integrate import Run
 from .methods import Dopri8, Kvaerno5, Method, Rodas5P, Tsit5
 from .prepare import prepare
 from .problems import ODEProblem
-from .rules import TIGHT, TRIAL
+from .rules import TIGHT, TRIAL, Choice
 from .stiffness import Signs, signs
 from .system import Inputs
 
@@ -47,17 +46,6 @@ class Start:
         return self.signs is not None and self.signs.stiff
 
 
-@dataclass(frozen=True)
-class MethodRule:
-    """One question: `take` is the method where `holds(start)`, `because(start)` the reason."""
-
-    id: str
-    question: str
-    holds: Callable[[Start], bool]
-    take: Method
-    because: Callable[[Start], str]
-
-
 def _stiff(s: Start) -> str:
     assert s.signs is not None
     return (f"stiff: what decays fastest, at a rate of {s.signs.decay:.2g}, held the steps of Tsit5 to "
@@ -71,17 +59,21 @@ def _calm(s: Start) -> str:
     return f"not stiff at the start: f {how} at a rate of {rate:.2g} ({s.signs.evaluations} evaluations of f)"
 
 
-METHOD_RULES: tuple[MethodRule, ...] = (
-    MethodRule("constraints-exact", "Is the mass matrix singular, and are Jacobians exact?",
-               lambda s: s.constraints and s.exact, Rodas5P(),
-               lambda s: "the mass matrix is singular: constraints need an implicit method, and this one no iteration"),
-    MethodRule("constraints", "Is the mass matrix singular?", lambda s: s.constraints, Kvaerno5(),
-               lambda s: "the mass matrix is singular, and Jacobians by differences steer an iteration only"),
-    MethodRule("stiff-jac", "Is it stiff, with its Jacobian given?", lambda s: s.stiff and s.jac, Rodas5P(), _stiff),
-    MethodRule("stiff", f"Is it stiff, as {TRIAL} explicit steps show?", lambda s: s.stiff, Kvaerno5(), _stiff),
-    MethodRule("tight", f"Is rtol at most {TIGHT:g}?", lambda s: s.tight, Dopri8(),
-               lambda s: f"rtol <= {TIGHT:g}: high order; {_calm(s)}"),
-    MethodRule("explicit", "None of these?", lambda s: True, Tsit5(), _calm),
+METHOD_RULES: tuple[Choice, ...] = (
+    Choice("constraints-exact", "Is the mass matrix singular, and are Jacobians exact?",
+           lambda s: s.constraints and s.exact, Rodas5P(),
+           lambda s: "the mass matrix is singular: constraints need an implicit method, and this one no iteration",
+           "Steinebach (2023)"),
+    Choice("constraints", "Is the mass matrix singular?", lambda s: s.constraints, Kvaerno5(),
+           lambda s: "the mass matrix is singular, and Jacobians by differences steer an iteration only",
+           "Hairer, Wanner (1996), VI.1; Kvaerno (2004)"),
+    Choice("stiff-jac", "Is it stiff, with its Jacobian given?", lambda s: s.stiff and s.jac, Rodas5P(), _stiff,
+           "Steinebach (2023)"),
+    Choice("stiff", f"Is it stiff, as {TRIAL} explicit steps show?", lambda s: s.stiff, Kvaerno5(), _stiff,
+           "Hairer, Wanner (1996), IV.2; Kvaerno (2004)"),
+    Choice("tight", f"Is rtol at most {TIGHT:g}?", lambda s: s.tight, Dopri8(),
+           lambda s: f"rtol <= {TIGHT:g}: high order; {_calm(s)}", "Hairer, Norsett, Wanner (1993), II.10"),
+    Choice("explicit", "None of these?", lambda s: True, Tsit5(), _calm, "Tsitouras (2011)"),
 )
 
 
@@ -106,7 +98,7 @@ def method_of(prob: Any, alg: Any, options: dict[str, Any]) -> Any:
     return recommended(prob, {k: v for k, v in options.items() if k in own}, ())[0].method
 
 
-def decided(run: Run, x: Inputs) -> tuple[MethodRule, Start]:
+def decided(run: Run, x: Inputs) -> tuple[Choice, Start]:
     """The rule that holds for a problem that is prepared with some method, and what it knew."""
     start = started(run, x)
     return next(rule for rule in METHOD_RULES if rule.holds(start)), start

@@ -25,7 +25,7 @@ from .integrate import Run
 from .registry import registry
 from .stochasticmethods import ReversibleHeun
 from .system import Inputs
-from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
+from .vjp import FiniteDifferenceVJP, ReverseVJP, UserVJP
 
 # The thresholds of all rules. tests/benchmarks/thresholds.py measures where each of them lies.
 FEW = 100
@@ -253,25 +253,25 @@ class Source:
 
 
 @dataclass(frozen=True)
-class ProductRule:
-    """One question about products: `take` is the VJP choice where `holds(source)`, `because(source)` the reason."""
+class Choice:
+    """One question about products, or about the method: `take` where `holds(known)`, and `because(known)` why."""
 
     id: str
     question: str
-    holds: Callable[[Source], bool]
-    take: VJP
-    because: Callable[[Source], str]
+    holds: Callable[[Any], bool]
+    take: Any
+    because: Callable[[Any], str]
     reference: str
 
 
-PRODUCT_RULES: tuple[ProductRule, ...] = (
-    ProductRule("own-products", "Does the problem carry its own derivatives, and does f close over nothing else?",
+PRODUCT_RULES: tuple[Choice, ...] = (
+    Choice("own-products", "Does the problem carry its own derivatives, and does f close over nothing else?",
                 lambda s: s.own, UserVJP(), lambda s: "the problem carries its own derivatives",
                 "no graph is made; checked by value at the first gradient"),
-    ProductRule("reverse", "Does the framework's reverse mode see all of f?",
+    Choice("reverse", "Does the framework's reverse mode see all of f?",
                 lambda s: s.lost is None, ReverseVJP(), lambda s: f"reverse-mode AD of {s.backend}",
                 "4 evaluations of f at most, against 2.5 for each column: Griewank, Walther (2008), section 4.6"),
-    ProductRule("differences", "None of these?", lambda s: True, FiniteDifferenceVJP(),
+    Choice("differences", "None of these?", lambda s: True, FiniteDifferenceVJP(),
                 lambda s: f"central differences, because {s.lost}; vjp=ComplexStepVJP() is exact for an analytic f, "
                           "ODEProblem(vjp=...) for any", "2 (n + p) evaluations of f, about nine digits"),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -224,17 +224,6 @@ class NoisyField(Field):
         return DrivenRHS(self, be, self.p.join(be, theta[:k], constants), theta[k:k + self.captured], constants)
 
 
-class _Table:
-    """Arguments of all steps, made when the first is asked for: a reverse pass may need none."""
-
-    def __init__(self, make: Callable[[], Array]) -> None:
-        self.make = make
-
-    @cached_property
-    def rows(self) -> Array:
-        return self.make()
-
-
 class DrivenRHS:
     """`rhs(a, u) = delta f + g w + (g_u g) v` at `a = [t, delta, w, v]`; the last term as `_squares` has it."""
 
@@ -318,11 +307,11 @@ class DrivenRHS:
         s = xp.minimum(t0 + field.dt * n, t1)
         h = s[1:] - s[:-1]
         h = xp.where(h > 0.0, h, xp.full_like(h, field.dt))[:, None]
-        table = _Table(lambda: self._arguments(scheme, s[:-1], h, *self._path(s, 1)))
+        arguments = cache(lambda: self._arguments(scheme, s[:-1], h, *self._path(s, 1)))  # a reverse pass may need none
         if be.traced:
-            table.rows  # noqa: B018  a loop must not make them at every step
+            arguments()  # outside the loops that it is for
         start, dt = be.scalar(t0), field.dt
-        return lambda t, h: be.pick(table.rows, (be.scalar(t) - start) / dt)
+        return lambda t, h: be.pick(arguments(), (be.scalar(t) - start) / dt)
 
     def _path(self, s: Array, parts: int) -> tuple[Array, Array]:
         """Increments over intervals that `s` divides into so many parts each, `(k, parts, m)`, and the integrals of the

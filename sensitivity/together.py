@@ -6,19 +6,22 @@ done for all of them at once. Gradients stay apart, because no member's state de
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .backend import Array
-from .choose import choose
-from .errors import SensitivityError
+from .algorithms.base import SensitivityAlgorithm
+from .backend import Array, Unbatched
+from .choose import auto, choose
+from .errors import SensitivityError, SensitivityWarning
 from .noise import Abreast, words
 from .prepare import prepare
 from .probe import through_ad
 from .problems import Problem
 from .solution import Solution, Stats
 from .stochastic import Members, SDEProblem
+from .userfunction import calling_depth
 from .vjp import FiniteDifferenceVJP
 
 GROUP = 64  # members in one state
@@ -62,7 +65,8 @@ def can_go(be: Any, prob: Problem, varied: tuple[str, ...], args: tuple[Any, ...
     times = {"t0", "t1", "saveat"} & set((wrt,) if isinstance(wrt, str) else wrt or ())
     return (isinstance(prob, SDEProblem) and not be.traced and "tspan" not in varied and prob.noise != "general"
             and not getattr(options.get("controller"), "adaptive", False) and not times and all(map(callable, args[1:]))
-            and not isinstance(options["sensealg"], type) and (be.batches or not (be.attaches or len(args) > 1)))
+            and (options["sensealg"] is auto or isinstance(options["sensealg"], SensitivityAlgorithm))
+            and (be.batches or not (be.attaches or len(args) > 1)))
 
 
 def together(be: Any, task: Callable[..., Any], prob: SDEProblem, varied: dict[str, Any], args: tuple[Any, ...],
@@ -73,14 +77,20 @@ def together(be: Any, task: Callable[..., Any], prob: SDEProblem, varied: dict[s
     differentiated = len(args) > 1
     try:
         sensealg = _algorithm(be, first, args[0], options, differentiated)
-        if sensealg is None:
-            return None
-        joined = _joined(be, prob, varied, count, differentiated)
-        options = {**options, "sensealg": sensealg, "probe": "off"}
+    except (SensitivityError, TypeError):  # what is wrong with the arguments, members alone say
+        return None
+    if sensealg is None:
+        return None
+    joined = _joined(be, prob, varied, count, differentiated)
+    options = {**options, "sensealg": sensealg, "probe": "off"}
+    try:
         if differentiated:
             return _gradient(be, task, prob, joined, count, args, options)
         sol = task(joined, *args, **options)
-    except (SensitivityError, TypeError):  # members alone say what is wrong, and with which of them
+    except Unbatched as e:
+        warnings.warn(f"members are taken one by one: {e.args[0]}", SensitivityWarning, stacklevel=calling_depth())
+        return None
+    except SensitivityError:  # members alone say which of them failed
         return None
     return _apart(be, sol, count) if sol.success else None
 

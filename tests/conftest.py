@@ -71,6 +71,17 @@ def numpy_lab():
     return Lab("numpy")
 
 
+@pytest.fixture(scope="module")
+def jax_double():
+    """JAX with 64 bits, as the tests of a module want it, and as it was afterwards."""
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture(scope="session")
 def torch_lab():
     if not available("torch"):

@@ -16,13 +16,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ALGORITHMS = [sa.RecursiveCheckpointAdjoint(), sa.InterpolatingAdjoint(), sa.ForwardSensitivity(), sa.DirectAdjoint()]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
+pytestmark = pytest.mark.usefixtures("jax_double")
 
 def lotka_volterra(t, u, p):
     x, y = u[0], u[1]

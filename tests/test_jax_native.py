@@ -11,14 +11,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from sensitivity_jax import _native  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
+pytestmark = pytest.mark.usefixtures("jax_double")
 
 ATTRIBUTE = "xla_cpu_small_call"
 FIELDS = {

@@ -9,15 +9,9 @@ import jax.numpy as jnp  # noqa: E402
 
 from sensitivity_jax._products import FIRST_AXES, by_rows  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("jax_double")
+
 SHAPES = {"wide": (5, 3, 7), "narrow": (5, 7, 3), "square": (4, 4, 4), "one row": (1, 3, 7)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 def layer(u, w):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import sensitivity as sa
-from sensitivity.noise import normals, threefry, words
+from sensitivity.noise import normals, words
 from sensitivity.registry import registry
+from sensitivity.threefry import threefry
 
 T = (0.5, 2.5)
 

@@ -10,7 +10,7 @@ from array_api_compat import numpy as xp
 
 from sensitivity import lapack
 from sensitivity.backend import Backend
-from sensitivity.noise import threefry_in_place
+from sensitivity.threefry import threefry_in_place
 
 KEPT_BYTES = 2**29
 

@@ -7,9 +7,9 @@ import torch
 from array_api_compat import torch as xp
 
 from sensitivity import lapack
-from sensitivity.backend import Backend
+from sensitivity.backend import Backend, Unbatched
 from sensitivity.errors import UnsupportedCombination, undefined
-from sensitivity.noise import threefry_in_place
+from sensitivity.threefry import threefry_in_place
 
 from . import _attach, _autodiff, _levels
 
@@ -249,8 +249,8 @@ class TorchBackend(Backend):
         try:
             return torch.func.vmap(f)(arrays)
         except RuntimeError as e:
-            raise UnsupportedCombination(f"torch.func.vmap fails on f ({e})", "it cannot see all members at once",
-                                         "a loop over members") from e
+            raise Unbatched(f"torch.func.vmap fails on f or g ({e})", "it cannot see all members at once",
+                            "no branches on values and no .item() in f and g") from e
 
     def host(self, x):
         return x.detach().cpu().numpy()
