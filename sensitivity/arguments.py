@@ -79,6 +79,17 @@ def time(be: Any, t: Any, name: str, like: Any) -> Any:
     return t
 
 
+def instants(be: Any, name: str, times: Any, like: Any, why: str, fix: str) -> Any:
+    """Several times as a vector of the backend."""
+    try:
+        ts = be.asarray(times, dtype=be.time_dtype(like.dtype), device=be.device(like))
+    except (TypeError, ValueError) as e:
+        raise TimesError(f"{name}={times!r} is not a list of times", why, fix) from e
+    if ts.ndim != 1 or ts.shape[0] == 0:
+        raise TimesError(f"{name} has shape {tuple(ts.shape)}, expected a vector of times", why, fix)
+    return ts
+
+
 def saves(be: Any, saveat: Any, t0: float | None, t1: float | None, like: Any) -> tuple[Any, Any]:
     if saveat is None:
         return None, None
@@ -90,14 +101,8 @@ def saves(be: Any, saveat: Any, t0: float | None, t1: float | None, like: Any) -
             raise TimesError(f"saveat={saveat} asks for no output", "an integer is the number of output times",
                              "saveat=None for the end only")
         return saveat, None
-    try:
-        ts = be.asarray(saveat, dtype=be.time_dtype(like.dtype), device=be.device(like))
-    except (TypeError, ValueError) as e:
-        raise TimesError(f"saveat={saveat!r} is not a list of times", "it says where the solution is wanted",
-                         "saveat=np.linspace(0.0, 10.0, 11), an integer, 'steps' or None") from e
-    if ts.ndim != 1 or ts.shape[0] == 0:
-        raise TimesError(f"saveat has shape {tuple(ts.shape)}, expected a vector of times",
-                         "one row of sol.u belongs to each time", "saveat=[t] for one time, saveat=None for the end")
+    ts = instants(be, "saveat", saveat, like, "one row of sol.u belongs to each time",
+                  "saveat=[t] for one time, saveat=np.linspace(0.0, 10.0, 11), an integer, 'steps' or None")
     if t0 is not None and t1 is not None:
         low, high = min(t0, t1), max(t0, t1)
         slack = 1e-12 * max(abs(low), abs(high)) if be.eps(ts.dtype) < 1e-10 else 1e-6 * max(abs(low), abs(high))

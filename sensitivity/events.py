@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .arguments import instants
 from .backend import Array, Scalar
 from .errors import CapturedValueError, InputError, OutputError, TimesError
 from .system import Field, Inputs, Layout, Partition, Products
@@ -189,21 +190,10 @@ class _Entries:
         return [out[j] for j in range(out.shape[0])] if self.be.is_array(out) else list(out)
 
 
-def _vector(be: Any, i: int, times: Any, like: Array) -> Array:
-    try:
-        ts = be.asarray(times, dtype=be.time_dtype(like.dtype), device=be.device(like))
-    except (TypeError, ValueError) as e:
-        raise TimesError(f"events[{i}].times={times!r} is not a list of times", "the event happens at them",
-                         "sa.PresetTimes([1.0, 2.0], affect)") from e
-    if ts.ndim != 1 or ts.shape[0] == 0:
-        raise TimesError(f"events[{i}].times has shape {tuple(ts.shape)}, expected a vector",
-                         "the event happens at them", "sa.PresetTimes([1.0, 2.0], affect)")
-    return ts
-
-
 def _placed(be: Any, i: int, times: Any, theta: tuple[Array, ...], constants: tuple[Array, ...], like: Array,
             span: tuple[float | None, float | None]) -> tuple[Any, int, tuple[Array, ...], tuple[Array, ...]]:
-    ts = _vector(be, i, times, like)
+    ts = instants(be, f"events[{i}].times", times, like, "the event happens at them",
+                  "sa.PresetTimes([1.0, 2.0], affect)")
     values = be.concrete_times(ts)
     if values is not None and span[0] in values:
         raise TimesError(f"events[{i}] has a time at the start of tspan, {span[0]:g}", "u0 is the state after it",
