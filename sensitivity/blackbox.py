@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from .backend import Array, Record, Scalar
 from .errors import InputError, UnsupportedCombination
 from .integrate import Run, Span, State
 from .jacobian import Jacobian
+from .matrices import is_sparse
 from .methods import Method
 from .retcode import RetCode
 from .stepper import Stepper
@@ -43,7 +45,9 @@ class Counts:
 class BlackBox(Method):
     """Base of the methods that choose their own steps; subclasses write `steps` and give their `order`.
 
-    `order` is that of the dense output, from which `GaussAdjoint` takes the number of its nodes.
+    `order` is that of the dense output, from which `GaussAdjoint` takes the number of its nodes. `guided` says that the
+    method survives a first step that is far too long, so that it can begin
+    with a step found elsewhere.
     """
 
     one_step: ClassVar[bool] = False
@@ -53,6 +57,10 @@ class BlackBox(Method):
     @property
     def order(self) -> int:
         raise NotImplementedError
+
+    @property
+    def guided(self) -> bool:
+        return True
 
     def steps(self, rhs: Callable, jac: Jacobian | None, t0: float, t1: float, u0: Array, rtol: Any, atol: Any,
               first: float | None, longest: float, counts: Counts) -> Iterator[Step]:
@@ -93,7 +101,7 @@ class Marching(Stepper):
         if length == 0.0:
             return end, None if sink is None else sink.result()
         counts.code = RetCode.Success
-        first = run.dt if h is None else abs(h)
+        first = run.dt if h is None else abs(h) if self.method.guided else None
         longest = math.inf if run.dtmax is None else run.dtmax
 
         def counted(t: float, u: Array) -> Array:
@@ -174,6 +182,11 @@ class ScipySolver(BlackBox):
     def order(self) -> int:
         return ORDERS[self.method]
 
+    @property
+    def guided(self) -> bool:
+        """LSODA gives up after ten steps that fail."""
+        return self.method != "LSODA"
+
     def steps(self, rhs: Callable, jac: Jacobian | None, t0: float, t1: float, u0: Array, rtol: Any, atol: Any,
               first: float | None, longest: float, counts: Counts) -> Iterator[Step]:
         import numpy as np
@@ -185,6 +198,8 @@ class ScipySolver(BlackBox):
             options["jac"] = jac.near
             if self.method != "LSODA":
                 options["jac_sparsity"] = jac.sparsity
+            elif jac.near is not None:
+                options["jac"] = partial(_full, jac.near)
         if self.method == "LSODA" and np.iscomplexobj(u0):
             raise UnsupportedCombination(f"{self.name} cannot solve for a complex state", "LSODA is real",
                                          'sa.ScipySolver("BDF")')
@@ -210,3 +225,9 @@ class ScipySolver(BlackBox):
                 counts.code = RetCode.DtMin if finite and np.all(np.isfinite(solver.y)) else RetCode.NonFinite
                 return
             yield Step(float(solver.t), solver.y.copy(), solver.dense_output())
+
+
+def _full(jac: Callable[[float, Array], Any], t: float, u: Array) -> Array:
+    """The matrix as an array, which is all that LSODA takes."""
+    J = jac(t, u)
+    return J.toarray() if is_sparse(J) else J

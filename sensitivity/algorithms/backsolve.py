@@ -29,6 +29,7 @@ from ..integrate import algebra
 from ..jacobian import Jacobian
 from ..retcode import RetCode
 from . import base
+from .blocks import first_columns, triangular
 from .continuous import ContinuousAdjoint
 from .points import checked_points
 from .walk import Leg, Way, least, worst_part
@@ -118,11 +119,14 @@ class BacksolveAdjoint(ContinuousAdjoint):
         rtol, atol = (xp.concat([own, 0.0 * leg.lam + shared, 0.0 * leg.mu + shared])
                       if given is None and getattr(own, "ndim", 0) > 0 else shared
                       for given, own, shared in ((self.rtol, x.rtol, way.rtol), (self.atol, x.atol, way.atol)))
-        jac = _jacobian(way, pull, n)
+        alone = way.adjoint.method.implicit and not way.adjoint.method.one_step
+        jac = _matrix(be, augmented, n) if alone else _jacobian(way, pull, n)
         last, _, stepper = way.solve(leg, t, augmented, xp.concat([leg.u, leg.lam, leg.mu]), worst_part(be, parts),
                                      parts=(n, n, leg.mu.shape[0]), rtol=rtol, atol=atol, jac=jac)
         ran, count = way.ran(leg, stepper, last)
-        if jac is not None:  # two matrices for each, and two solves
+        if alone:
+            count = count + (n + 1) * (ran.algebra[0] - leg.algebra[0])
+        elif jac is not None:  # two matrices for each, and two solves
             ran = ran.worked(algebra(way.adjoint, stepper, last, started=True))
         found = last.u[:n]
         walking = leg.status == 0
@@ -181,6 +185,18 @@ def _jacobian(way: Way, pull: Any, n: int) -> Jacobian | None:
         return solve
 
     return Jacobian(None, None, system=system)
+
+
+def _matrix(be: Any, rhs: Any, n: int) -> Jacobian:
+    """The Jacobian of the three equations for a method that solves by itself, see `blocks.py`."""
+
+    columns = first_columns(be, rhs, n)
+
+    def jac(t: Any, z: Array) -> Any:
+        first = columns(t, z)
+        return triangular(be, first, [-first[:n, :].T], z.shape[0], z)
+
+    return Jacobian(jac, jac)
 
 
 def _looser(be: Any, forward: Any, own: float | None) -> Any:

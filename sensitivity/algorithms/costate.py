@@ -11,6 +11,7 @@ Its Jacobian is `-f_u^T`, so what an implicit method solves with is the transpos
 
 and the forward method's own `system` solves it, by whatever structure that has. With the parameter integral
 `mu' = -f_p^T lam` beside it the system is block triangular, and one product with `f_p^T` does for the second block.
+A method that solves by itself is given the matrix, see `blocks.py`.
 
 With a singular M, `w = M^T lam` is the total derivative with respect to the differential part of the state. It is what
 jumps and what is carried from leg to leg; on a leg lam is the solution of
@@ -31,27 +32,29 @@ from collections.abc import Callable
 from typing import Any
 
 from ..backend import Array, Scalar
-from ..jacobian import Jacobian, given
+from ..jacobian import Jacobian
 from ..mass import Blocks
 from ..matrices import dense
 from . import base
+from .blocks import field_matrix, triangular
 from .walk import Leg, Path, Way
 
 
 class Costate:
     """The costate equation on one leg."""
 
-    def __init__(self, way: Way, known: Path) -> None:
+    def __init__(self, way: Way, path: Path) -> None:
         self.way, self.be = way, way.be
         self.pull = way.pull(False)
         self.method = method = way.adjoint.method
         self.forward: Any = None
         if method.implicit and method.one_step:
             self.forward = base.bound(base.replace(way.run, method=method), way.x)
-        self.known = known
+        self.path = path
+        self.alone = field_matrix(way.run, way.x) if method.implicit and not method.one_step else None
 
     def state(self, t: Any) -> Array:
-        return self.known.u(self.be.scalar(t))
+        return self.path.u(self.be.scalar(t))
 
     def rhs(self, t: Any, lam: Array) -> Array:
         return -self.pull(t, self.state(t), lam)[0]
@@ -61,7 +64,7 @@ class Costate:
         """What an implicit method is told of `-f_u^T`."""
         if self.forward is not None:
             return Jacobian(self.transposed, self.transposed, system=self.system)
-        return self._known() if self.method.implicit else None
+        return self._given(self.way.x.u0.shape[0])
 
     def transposed(self, t: Any, lam: Array) -> Array:
         return -dense(self.be, self.forward.jac.near(t, self.state(t))).T
@@ -73,25 +76,25 @@ class Costate:
         solve = self.forward.system(t, u, -c, exact=self.method.exact_jacobian)
         return lambda b, transposed=False: solve(b, transposed=not transposed)
 
-    def _known(self) -> Jacobian:
-        """For methods that solve by themselves: the user's Jacobian or pattern, else the products row by row."""
-        user, pattern = given(self.way.run, self.way.x), None
-        if user is None:
-            jac = self.way.run.vjp.jacobian(self.way.run, self.way.x)
-        else:
-            pattern, jac = None if user.sparsity is None else user.sparsity.T, user.near
-        at = None if jac is None else lambda t, lam: -jac(t, self.state(t)).T
-        return Jacobian(at, at, pattern)
+    def _given(self, size: int) -> Jacobian | None:
+        """What a method is told that solves by itself, for the costate and what is integrated with it."""
+        if self.alone is None:
+            return None
+        at = self.alone.at
+
+        def jac(t: Any, z: Array) -> Any:
+            return triangular(self.be, -at(t, self.state(t)).T, [], size, z)
+
+        return Jacobian(jac, jac)
 
     def rows(self, before: Leg, leg: Leg) -> Any:
         """How many products went into the Jacobians that a method asked for which solves by itself."""
-        alone = self.method.implicit and self.forward is None and given(self.way.run, self.way.x) is None
-        return self.way.x.u0.shape[0] * (leg.algebra[0] - before.algebra[0]) if alone else 0
+        return 0 if self.alone is None else self.alone.products * (leg.algebra[0] - before.algebra[0])
 
     # -- with the parameter integral --------------------------------------------------------------------------------
 
     def both(self, n: int) -> tuple[Callable, Jacobian | None]:
-        """Right-hand side and Jacobian of `(lam, mu)`; a method that solves by itself makes its own."""
+        """Right-hand side and Jacobian of `(lam, mu)`."""
         way, xp = self.way, self.be.xp
         pull = way.pull(way.params)
 
@@ -109,8 +112,10 @@ class Costate:
 
             return both
 
-        jac = None if self.forward is None else Jacobian(self.transposed, self.transposed, system=system)
-        return rhs, jac
+        if self.forward is not None:
+            return rhs, Jacobian(self.transposed, self.transposed, system=system)
+        size = sum(base.size_of(v) for v in way.x.theta) if way.params else 0
+        return rhs, self._given(n + size)
 
     # -- with constraints -------------------------------------------------------------------------------------------
 
@@ -142,4 +147,4 @@ class Costate:
             return leg
         looks = products + leg.algebra[0] - before.algebra[0] + 1
         made = looks + nodes + 1
-        return leg.worked((made, made, 2 * looks + nodes + 1))._replace(nfe=leg.nfe + self.known.cost * looks)
+        return leg.worked((made, made, 2 * looks + nodes + 1))._replace(nfe=leg.nfe + self.path.cost * looks)

@@ -27,6 +27,7 @@ from ..matrices import dense
 from ..system import Inputs
 from ..watch import Watch
 from . import base, consistent
+from .blocks import first_columns, triangular
 from .frozen import EventTangents, save_time_tangents
 from .jumps import ambiguous
 
@@ -142,7 +143,10 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             u, more = consistent.states(be, own, ts, u)
             S, spent = consistent.pushed(be, own, push, ts, u, S, None), spent + more
         speed = None
+        made = algebra(run, stepper, end)
         nfe = evaluations(run, stepper, end) + spent + own.derivative_cost * (d.t0 is not None)
+        if m and run.method.implicit and not run.method.one_step:
+            nfe = nfe + (n + 1) * made[0]
         if moving:
             _, slopes = be.scan(lambda _, i: (0, own.derivative(be.time(i[0]), i[1])), 0, (ts, u))
             speed, nfe = be.gathered(slopes), nfe + own.derivative_cost * u.shape[0]
@@ -155,7 +159,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None, events,
-                       tuple(made + spent for made in algebra(run, stepper, end)))
+                       tuple(count + spent for count in made))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
@@ -204,9 +208,19 @@ def _bound(run: Run, own: Any, push: Any, augmented: Any, n: int, m: int) -> Any
 
         (M - c J) a = r,   (M - c J) A = R + c D(a)
     """
-    if not (run.method.implicit and run.method.one_step) or not m:
-        return run.stepper(augmented) if m else own
     be, xp = run.be, run.be.xp
+    if not m:
+        return own
+    if not run.method.implicit:
+        return run.stepper(augmented)
+    if not run.method.one_step:
+        columns = first_columns(be, augmented, n)
+
+        def whole(t: Any, z: Array) -> Any:
+            first = columns(t, z)
+            return triangular(be, first, [first[:n, :]] * m, z.shape[0], z)
+
+        return run.stepper(augmented, Jacobian(whole, whole))
 
     def system(t: Any, z: Array, c: Any) -> Any:
         u, S = z[:n], xp.reshape(z[n:], (m, n))

@@ -71,8 +71,9 @@ class InterpolatingAdjoint(ContinuousAdjoint):
                                      mass=equation.wide_mass)
         before = leg
         leg, count = way.ran(leg, stepper, last)
-        solves = leg.algebra[2] - before.algebra[2] - stepper.starting(True)[2]
+        solves, rows = leg.algebra[2] - before.algebra[2] - stepper.starting(True)[2], equation.rows(before, leg)
         leg = equation.counted(before, leg, count)
-        if way.params and jac is not None:
+        if way.params and equation.forward is not None:
             count = count + solves
+        count = count + rows
         return leg._replace(lam=equation.leave(last.u[:n]), mu=last.u[n:], nvjp=leg.nvjp + count)
