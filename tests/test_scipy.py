@@ -192,6 +192,70 @@ def test_lsoda_takes_sparse_jacobians_and_first_steps_of_its_own(to):
         np.testing.assert_allclose(r.p, [np.exp(-1.0), -10.0 * np.exp(-1.0) - 20.0 * np.exp(-2.0)], rtol=1e-5)
 
 
+@pytest.mark.parametrize("checkpoints", [3, "saveat"])
+def test_checkpoints(checkpoints):
+    dense, stored = (gradient(Pendulum().problem(), sa.ScipySolver("DOP853"), sa.GaussAdjoint(checkpoints=c), 1e-9,
+                              saveat=TIMES) for c in (None, checkpoints))
+    np.testing.assert_allclose(stored.p, dense.p, rtol=1e-6)
+
+
+def robertson():
+    P = GOLD["ode_robertson"]
+
+    def f(t, u, p):
+        a, b, c = p[0] * u[0], p[1] * u[1] ** 2, p[2] * u[1] * u[2]
+        return np.array([-a + c, a - b - c, b])
+
+    def jac(t, u, p):
+        b, c1, c2 = 2.0 * p[1] * u[1], p[2] * u[2], p[2] * u[1]
+        return np.array([[-p[0], c1, c2], [p[0], -b - c1, -c2], [0.0, b, 0.0]])
+
+    def vjp(t, u, p, lam):
+        d = lam[1] - lam[0]
+        return lam @ jac(t, u, p), np.array([d * u[0], (lam[2] - lam[1]) * u[1] ** 2, -d * u[1] * u[2]])
+
+    prob = sa.ODEProblem(f, np.array([1.0, 0.0, 0.0]), (0.0, 40.0), np.array([0.04, 3e7, 1e4]), vjp=vjp, jac=jac)
+    return prob, np.array([1.0, 1e4, 2.0]), np.array([float(P["gradient"][k]) for k in ("k1", "k2", "k3")])
+
+
+@pytest.mark.parametrize("name", ["GaussAdjoint", "QuadratureAdjoint", "InterpolatingAdjoint"])
+@pytest.mark.parametrize("method", STIFF)
+def test_stiff_gradients(method, name):
+    """Robertson's reaction against 20 digits: a layer at each end, rates apart by nine orders of magnitude."""
+    prob, w, exact = robertson()
+    r = sa.gradient(prob, sa.ScipySolver(method), lambda sol: sol.u[0] @ w, dloss=lambda sol: w[None, :], wrt="p",
+                    rtol=1e-7, atol=1e-11, probe="off", sensealg=getattr(sa, name)())
+    # Errors of some hundred steps add up for the multistep methods.
+    np.testing.assert_allclose(r.p, exact, rtol=1e-6 if method == "Radau" else 5e-5)
+
+
+def test_backsolve_of_a_stiff_problem_is_never_silent():
+    prob, w, _ = robertson()
+    with pytest.raises(sa.SolveError):
+        sa.gradient(prob, sa.ScipySolver("BDF"), lambda sol: sol.u[0] @ w, dloss=lambda sol: w[None, :], wrt="p",
+                    rtol=1e-6, atol=1e-10, max_steps=1000, probe="off", sensealg=sa.BacksolveAdjoint())
+
+
+def test_sparse_jacobians():
+    """Heat conduction: with a pattern differences need few evaluations, with a sparse `jac` none; also backwards."""
+    n = 30
+    A = sparse.diags_array([np.ones(n - 1), -2.0 * np.ones(n), np.ones(n - 1)], offsets=[-1, 0, 1]).tocsc() * 50.0
+    A[0, 1] = 0.0
+    A.eliminate_zeros()
+
+    def build(**given):
+        return sa.ODEProblem(lambda t, u, p: p * (A @ u), np.linspace(0.0, 1.0, n), (0.0, 0.3), np.array(1.3),
+                             vjp=lambda t, u, p, lam: (p * (A.T @ lam), lam @ (A @ u)), **given)
+
+    rs = [gradient(build(**given), sa.ScipySolver("BDF"), tol=1e-7)
+          for given in ({}, {"jac_sparsity": (A != 0).astype(float)}, {"jac": lambda t, u, p: p * A})]
+    for r in rs[1:]:
+        np.testing.assert_allclose(r.p, rs[0].p, rtol=1e-4)
+        np.testing.assert_allclose(r.u0, rs[0].u0, rtol=1e-3, atol=1e-5)
+    assert rs[1].stats.nfe < rs[0].stats.nfe - 20
+    assert rs[2].stats.nfe < rs[1].stats.nfe
+
+
 def test_dense_parameters_of_autograd():
     """With derivatives of `f` by AD, and a gradient through the namespace of autograd."""
     autograd = pytest.importorskip("autograd")
