@@ -113,6 +113,13 @@ def initial_step(run: Run, stepper: Stepper, s: Span, u: Array, k: Array, rtol: 
     return s.direction * h1
 
 
+def controlled(run: Run, stepper: Stepper, rtol: Any, atol: Any, norm: Callable | None = None) -> Stepper:
+    """The method as the step loop takes its steps: it solves its equations as well as errors are controlled."""
+    if not run.controller.adaptive:
+        return stepper
+    return stepper.within(rtol, atol, norm or run.norm or run.be.rms)
+
+
 def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: Any, *, sink: Any = None,
               norm: Callable | None = None, h: Scalar | None = None, limit: int | None = None,
               watch: Any = None, guard: Callable[[Array, Array], Any] | None = None) -> tuple[State, Any]:
@@ -132,8 +139,7 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         else:
             slope = stepper.derivative(be.time(s.t0), u0) if k0 is None else k0
             h = initial_step(run, stepper, s, u0, slope, rtol, atol, norm)
-    if controller.adaptive:
-        stepper = stepper.within(rtol, atol, norm)
+    stepper = controlled(run, stepper, rtol, atol, norm)
     broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
     length = abs(s.t1 - s.t0)
     eps = be.eps(be.time_dtype(u0.dtype))

@@ -88,11 +88,6 @@ class Lookback:
         `retake(log, t, h, u) -> (u1, K, iterations)`."""
         return Retaken(kept, retake)
 
-    def retaken(self, log: Any, extra: Any) -> tuple[Any, Any, Any]:
-        """What a `collect` of `retaking` leaves: steps taken again, their iterations, and cotangents of the times of
-        `sample_vjp`."""
-        return log.taken, log.iterations, self.recalled(log, extra)[1]  # type: ignore[attr-defined]
-
     def onward(self, body: Callable, state: Any, log: Any, like: Record) -> tuple[Any, Any]:
         """Fold `state, new = body(state, record, news)` over a log, oldest record first; the `new` form a log, `news`,
         that `body` may read where the old one has the same step. `like` shows what a `new` looks like."""

@@ -76,10 +76,13 @@ class Nodes:
 
 
 class Recall:
-    """The steps of a solve from the newest to the first, taken again where they were not kept; `taken` counts them."""
+    """The steps of a solve from the newest to the first, taken again where they were not kept.
+
+    `taken` counts them, and `iterations` those that solved their equations.
+    """
 
     def __init__(self, kept: Checkpoints, stepper: Stepper) -> None:
-        self.kept, self.stepper, self.taken = kept, stepper, 0
+        self.kept, self.stepper, self.taken, self.iterations = kept, stepper, 0, 0
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -96,49 +99,48 @@ class Recall:
 
         Slots are used anew as they become free, so a second pass finds fewer states that help it, and takes longer.
         """
-        kept, stepper = self.kept, self.stepper
-        t, h, states = kept.t, kept.h, kept.states
+        kept, stepper, states = self.kept, self.stepper, self.kept.states
         if kept.whole is not None:
             yield from ((n, kept.whole[n]) for n in reversed(range(len(kept.whole))))
             return
         u = k = None
         held: dict[int, Record] = {}
-        for kind, n, slot in reverse(len(t), kept.plan.slots, kept.held(), kept.plan.block):
+        for kind, n, slot in reverse(len(kept), kept.plan.slots, kept.held(), kept.plan.block):
             if kind == "restore":
                 _, u, k = states[slot]
             elif kind == "store":
                 states[slot] = n, u, k if k is None else kept.be.copy(k)
             elif kind == "advance":
-                u, K = stepper.step(t[n], h[n], u, k)
-                k = stepper.carry(K)
-                self.taken += 1
+                u, k = self._taken(stepper.attempt, n, u, k)[:2]
             elif n in held:
                 yield n, held.pop(n)
-            elif n == len(t) - 1 and kept.newest is not None:
+            elif n == len(kept) - 1 and kept.newest is not None:
                 yield n, kept.newest
             else:
-                self.taken += 1
-                start = u
-                u, K = stepper.retake(t[n], h[n], start, k)
-                k = stepper.carry(K)
-                record = Record(t[n], h[n], start, K)
+                u, k, record = self._taken(stepper.retake, n, u, k)
                 if kind == "hold":
                     held[n] = record
                 else:
                     yield n, record
 
+    def _taken(self, take: Callable, n: int, u: Array, k: Array | None) -> tuple[Array, Array | None, Record]:
+        """Step `n` from `u` with the carried slope `k`: what the next one starts from, and the step."""
+        t, h = self.kept.t[n], self.kept.h[n]
+        u1, K, iterations = take(t, h, u, k)
+        self.taken, self.iterations = self.taken + 1, self.iterations + iterations
+        return u1, self.stepper.carry(K), Record(t, h, u, K)
+
     def forwards(self, u: Array) -> Iterator[Record]:
         """All steps from the first, which starts from `u`, to the newest."""
-        kept, stepper = self.kept, self.stepper
+        kept = self.kept
         if kept.whole is not None:
             yield from kept.whole
             return
         held = kept.held()
         k = kept.states[min(held, key=lambda slot: held[slot])][2] if held else None
-        for t, h in zip(kept.t, kept.h, strict=True):
-            u1, K = stepper.step(t, h, u, k)
-            yield Record(t, h, u, K)
-            u, k = u1, stepper.carry(K)
+        for n in range(len(kept)):
+            u, k, record = self._taken(self.stepper.attempt, n, u, k)
+            yield record
 
 
 class Pulled:
@@ -184,12 +186,16 @@ class Recomputing:
         return Checkpoints(self, plan, stepper, sampler)
 
     def recall(self, kept: Any, stepper: Stepper) -> Any:
-        """What `checkpoints` kept as a log for `replay`, `sample_vjp` and `nodes_vjp`, which takes steps again."""
+        """What `checkpoints` kept as a log for `replay`, `sample_vjp` and `nodes_vjp`, which takes steps again.
+
+        `stepper` takes steps as those that were recorded: see `integrate.controlled`.
+        """
         return Recall(kept, stepper)
 
-    def recalled(self, log: Any, extra: Any) -> tuple[Any, Any]:
-        """What a `replay` of `recall` leaves: steps taken again, and the cotangents of the times of `sample_vjp`."""
-        return log.taken, extra.ts if isinstance(extra, Pulled) else None
+    def recalled(self, log: Any, extra: Any) -> tuple[Any, Any, Any]:
+        """What a `replay` of `recall`, or a `collect` of `retaking`, leaves: steps taken again, iterations in them, and
+        cotangents of the times of `sample_vjp`."""
+        return log.taken, log.iterations, extra.ts if isinstance(extra, Pulled) else None
 
     def remade(self, log: Any, u0: Array) -> Any:
         """All steps of a `recall` in a log as `store` makes it."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .algorithms import base, budget
 from .algorithms.discrete import RecursiveCheckpointAdjoint
 from .algorithms.forward import ForwardSensitivity
 from .algorithms.forward_ad import ForwardADSensitivity
@@ -20,7 +21,7 @@ from .algorithms.implicit import ImplicitAdjoint
 from .algorithms.interpolating import InterpolatingAdjoint
 from .algorithms.reversibleheun import ReversibleHeunAdjoint
 from .algorithms.second_order import ForwardOverAdjoint
-from .errors import UnsupportedCombination
+from .errors import InputError, UnsupportedCombination
 from .integrate import Run
 from .registry import registry
 from .stochasticmethods import ReversibleHeun
@@ -62,7 +63,7 @@ class Facts:
     memory : the budget in bytes, as it was given, or None; known to `advise` only.
     kept : bytes of all steps with their stages, where a solve has shown them; known to `advise` only.
     ito : whether there is noise in the sense of Ito.
-    budgets : whether the discrete adjoint can keep to a budget of memory here.
+    budgets : whether the discrete adjoint can keep to a budget of memory here, to this one if there is one.
     device : where the arrays are.
     digits : how many digits the contraction of the solution costs who goes backwards; known to `advise` only.
     steps : accepted steps of the forward solve; known to `advise` only.
@@ -181,7 +182,7 @@ RULES: tuple[Rule, ...] = (
     Rule("memory-segments", "Are they more than the memory allows, and an ODE's?",
          lambda f: f.over and f.kind == "ode" and not f.dense,
          lambda f: GaussAdjoint(checkpoints=f.memory if isinstance(f.memory, str) else f"{f.memory}B"),
-         "steps of this kind are not repeated one by one: an adjoint of the equation, which solves again between "
+         "the discrete adjoint cannot keep to so little: an adjoint of the equation, which solves again between "
          "checkpoints that share the memory", "Serban, Hindmarsh (2005)"),
     Rule("delays", "Does f look at the past?",
          lambda f: f.kind == "dde", lambda f: RecursiveCheckpointAdjoint(),
@@ -292,16 +293,18 @@ def facts(run: Run, x: Inputs, vjp: Any, wanted: frozenset[str] | None = None, *
     return Facts("ode" if run.kind is None else run.kind.name, x.u0.shape[0],
                  sum(math.prod(v.shape) for v in x.theta), wanted, saves, method, run.mass is not None,
                  bool(run.events), run.dense, run.backend, vjp.transposes, run.be.xp.finfo(x.u0.dtype).bits,
-                 ito=getattr(run.kind, "interpretation", None) == "ito", budgets=_budgets(run),
+                 ito=getattr(run.kind, "interpretation", None) == "ito", budgets=_budgets(run, x, more.get("memory")),
                  device="cpu" if device is None else str(device), undone=undone, stiff=run.method.implicit, **more)
 
 
-def _budgets(run: Run) -> bool:
-    algorithm: Any = RecursiveCheckpointAdjoint(memory=1)
+def _budgets(run: Run, x: Inputs, memory: Any) -> bool:
+    algorithm: Any = RecursiveCheckpointAdjoint(memory=1 if memory is None else memory)
     try:
         algorithm = algorithm if run.kind is None else run.kind.algorithm(algorithm)
         algorithm.refuse(run)
-    except UnsupportedCombination:
+        if memory is not None and (run.kind is None or run.kind.name == "sde"):
+            budget.plan(run, x, base.bound(run, x), None, memory, False)
+    except (UnsupportedCombination, InputError):
         return False
     return True
 

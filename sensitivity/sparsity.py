@@ -28,6 +28,7 @@ class Elimination(NamedTuple):
     source : which entries of the pattern those of the reordered matrix are.
     rows, starts : their rows, and where columns start among them.
     options : those of SuperLU that suit the pattern.
+    fill : about how many entries the factors have.
     """
 
     order: Any
@@ -36,6 +37,7 @@ class Elimination(NamedTuple):
     rows: Any
     starts: Any
     options: dict[str, Any]
+    fill: int
 
     def matrix(self, values: Any) -> Any:
         """The reordered SciPy matrix of a pattern's entries."""
@@ -114,11 +116,12 @@ class Pattern:
         xp = _xp()
         options = {"diag_pivot_thresh": 0.01, "options": {"SymmetricMode": True}} if self.symmetric else {}
         sample = self.matrix(xp.ones(self.rows.shape[0]) + self.size * self.diagonal)
-        place = splu(sample, permc_spec="MMD_AT_PLUS_A" if self.symmetric else "COLAMD", **options).perm_c
+        factors = splu(sample, permc_spec="MMD_AT_PLUS_A" if self.symmetric else "COLAMD", **options)
+        place = factors.perm_c
         rows, columns = place[self.rows], place[self.columns]
         source = xp.argsort(columns * self.size + rows)
         starts = xp.searchsorted(columns[source], xp.arange(self.size + 1))
-        return Elimination(_inverse(place), place, source, rows[source], starts, options)
+        return Elimination(_inverse(place), place, source, rows[source], starts, options, factors.nnz)
 
     @cached_property
     def T(self) -> Pattern:
@@ -159,6 +162,13 @@ class Pattern:
         if wide <= NARROW or (not be.sparse_lu and 4 * wide <= self.size):
             return "banded"
         return "sparse" if be.sparse_lu else None
+
+    def factors(self, be: Any) -> int:
+        """How many numbers LU factors take, an index counted as half of one."""
+        structure = self.structure(be)
+        if structure == "sparse":
+            return 3 * (self.elimination.fill + self.size) // 2
+        return self.size * (self.size if structure is None else 2 * self.lower + self.upper + 1)
 
     def matrix(self, values: Any) -> Any:
         """A SciPy matrix from its entries as NumPy numbers."""

@@ -143,9 +143,9 @@ class Stepper:
         """The slope that a recorded step started from."""
         return record.k[0, :] if self.fsal else None
 
-    def retake(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
-        """`step`, once more, to be pulled back soon."""
-        return self.step(t, h, u, k)
+    def retake(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array, Any]:
+        """`attempt`, once more, to be pulled back soon."""
+        return self.attempt(t, h, u, k)
 
     def retaken(self, x: Any, dt: float | None, vector: int) -> int:
         """How many bytes a step taken again holds, for states of `vector` bytes; of the solve of `x` with step `dt`."""

@@ -166,6 +166,7 @@ SLOW_ON_JAX = (
     "inside_f[jax-b",
     "over_a_limit_cycle",
     "ensembles_of_shadows",
+    "implicit_gradient_is_that",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",
@@ -182,6 +183,7 @@ QUICK_ON_JAX = (
     "ones_own[jax-pattern]",
     "limit_cycle[jax-NILSAS]",
     "solve[jax-AdjointLSS]",
+    "keeping_everything[jax-Kvaerno3-dae]",
 )
 
 

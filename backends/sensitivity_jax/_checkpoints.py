@@ -189,7 +189,7 @@ class Recall:
 
     def __init__(self, kept, stepper):
         self.kept, self.stepper = kept, stepper
-        self.taken = self.ts_bar = None
+        self.taken = self.iterations = self.ts_bar = None
 
     def replay(self, body, state, extra):
         kept, stepper, last = self.kept, self.stepper, self.kept.count - 1
@@ -206,10 +206,10 @@ class Recall:
             return like(body(state, record, out, i == last), state), output
 
         def round_(carry):
-            due, here, u, k, target, memory, taken, state, output = carry
+            due, here, u, k, target, memory, taken, iterations, state, output = carry
             t, h = kept.t[here], kept.h[here]
-            u1, K = lax.cond(here == last, lambda: (u, kept.newest.k),
-                             lambda: like(stepper.step(t, h, u, k), (u, kept.newest.k)))
+            known = u, kept.newest.k, jnp.int32(0)
+            u1, K, more = lax.cond(here == last, lambda: known, lambda: like(stepper.attempt(t, h, u, k), known))
             turn = here == due
             state, output = lax.cond(turn, lambda: back(here, Record(t, h, u, K), state, output),
                                      lambda: (state, output))
@@ -220,12 +220,12 @@ class Recall:
             store = ~turn & (here == target)
             memory = memory.stored(store, due, here, u, k)
             target = jnp.where(turn | store, memory.target(turn | store, here, due), target)
-            return due, here, u, k, target, memory, taken, state, output
+            return due, here, u, k, target, memory, taken, iterations + more, state, output
 
         k = stepper.entry(kept.newest)
         memory = _Memory(kept.step, kept.u, kept.k)
-        carry = (last, last, kept.newest.u, k, jnp.int32(-1), memory, jnp.int32(0), state, output)
-        *_, self.taken, state, output = lax.while_loop(lambda c: c[0] >= 0, round_, carry)
+        carry = (last, last, kept.newest.u, k, jnp.int32(-1), memory, jnp.int32(0), jnp.int32(0), state, output)
+        *_, self.taken, self.iterations, state, output = lax.while_loop(lambda c: c[0] >= 0, round_, carry)
         if pulled:
             self.ts_bar = jnp.zeros_like(output[1]).at[extra.order].set(output[1])
         return state
@@ -310,7 +310,7 @@ class Recomputing:
         return OpenLog(kept, stepper.restage) if isinstance(kept, Log) else Recall(kept, stepper)
 
     def recalled(self, log, extra):
-        return (0, None) if isinstance(log, OpenLog) else (log.taken, log.ts_bar)
+        return (0, 0, None) if isinstance(log, OpenLog) else (log.taken, log.iterations, log.ts_bar)
 
     def remade(self, log, u0):
         return log.log if isinstance(log, OpenLog) else log.forwards(self, u0)

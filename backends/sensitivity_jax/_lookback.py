@@ -88,9 +88,6 @@ class JaxLookback:
     def retaking(self, kept, retake):
         return Retaken(kept, retake)
 
-    def retaken(self, log, extra):
-        return log.taken, log.iterations, log.ts_bar
-
     def onward(self, body, state, log, like_record):
         opened, log = log, log.log
         state, example = arrays(state), arrays(like_record)

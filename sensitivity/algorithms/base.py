@@ -8,11 +8,12 @@ the derivative of the solve in its framework. Laws, which the tests check: `forw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from ..backend import Array, Scalar
+from ..checkpoint import Plan
 from ..errors import SolveError, UnsupportedCombination
 from ..estimates import Effort, Work
 from ..events import EventFunctions
@@ -238,8 +239,10 @@ class Solved(NamedTuple):
     u: Any = None
 
 
-def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[Outputs, Aux, Solved]:
-    """The forward solve of every algorithm; with `keep`, all accepted steps are logged."""
+def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None,
+                  plan: Callable[[Stepper], Plan] | None = None) -> tuple[Outputs, Aux, Solved]:
+    """The forward solve of every algorithm; with `keep`, all accepted steps are logged, with `plan(stepper)` what that
+    plan says."""
     be = run.be
     stepper = bound(run, x)
     s = span(be, x.t0, x.t1)._replace(shift=shift)
@@ -247,8 +250,10 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     ts = save_times(run, x, s) if timed else None
     u0, spent = stepper.start(be.time(s.t0), x.u0)
     u0 = stepper.lift(u0)
-    sink = None
-    if keep or run.dense or run.saves == "steps":
+    sink, logged = None, keep or run.dense or run.saves == "steps"
+    if plan is not None:
+        sink = be.checkpoints(plan(stepper), stepper, run.saves, ts, u0, s.direction, run.capacity)
+    elif logged:
         sink = be.store(run.capacity)
     elif timed:
         sink = be.sampler(stepper.interpolate, ts, u0, s.direction, run.capacity, stepper.restage)
@@ -259,18 +264,20 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None) -> tuple[O
     end, kept = integrate(run, stepper, s, u0, x.rtol, x.atol, sink=sink, watch=watch,
                           limit=None if sink is None or run.events else run.capacity)
     log = kept
-    if keep or run.dense or run.saves == "steps":
+    if plan is not None:
+        log, kept = kept
+    elif logged:
         kept = be.reopen(kept, stepper.restage)
     if timed:
         u = kept
-        if keep or run.dense:
+        if plan is None and (keep or run.dense):
             u = be.sample(stepper.interpolate, kept, ts if shift is None else x.saveat, u0, s.direction)
         u = be.reached(stepper.seen(u), ts, end.t, s.direction)
         if stepper.algebraic:
             u, more = consistent.states(be, stepper, ts, u)
             spent = spent + more
     elif run.saves == "steps":
-        u, ts = be.nodes(kept, end.u, end.t)
+        u, ts = be.nodes(kept, end.u, end.t) if plan is None else be.node_rows(kept, log, end.u, end.t)
         u = stepper.seen(u)
     else:
         u, ts = stepper.seen(end.u[None, :]), [end.t]

@@ -7,9 +7,12 @@ import os
 import re
 from typing import Any
 
+from ..backend import Backend
 from ..checkpoint import Plan
 from ..errors import InputError
-from ..integrate import Run, evaluations, integrate, span
+from ..integrate import Run, controlled
+from ..krylov import RESTART
+from ..rosenbrock import Rosenbrock
 from ..segments import Room
 from ..system import Inputs
 from . import base
@@ -17,6 +20,7 @@ from . import base
 # Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way.
 AT_WORK = 8
 IN_F = 3  # the same for what `f` leaves behind in a step, see `Stepper.retaken`
+MATRICES = 8  # the same for what an implicit step solves with: the Jacobian, how it is made, its factors
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -55,7 +59,8 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     """The plan for this solve; with `memory`, for states and stages of the size and dtype at hand.
 
     A state costs `n` numbers, `2 n` for a first-same-as-last method, whose slope is kept with it so that the step
-    taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps. Where
+    taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps, and for
+    `MATRICES` matrices where the method is implicit. With a step stay its factors, if the backend keeps them. Where
     loops are not compiled, half of the memory holds blocks of steps taken again: with states between blocks only, up to
     `m^2 / 4` steps are taken again once, where `m` steps fit, and not as often as `reverse` must with states alone.
 
@@ -74,9 +79,11 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     be = run.be
     u0 = stepper.lift(x.u0)
     vector = u0.shape[0] * be.xp.finfo(x.u0.dtype).bits // 8 * (2 if be.is_complex(x.u0) else 1)
+    factors, kept = _factors(run, x, stepper, vector)
     step, state = (stepper.stages + 1) * vector, (1 + stepper.fsal) * vector
     held = stepper.retaken(x, run.dt, vector)
-    work = AT_WORK * step + IN_F * (held - step)
+    work = AT_WORK * step + IN_F * (held - step) + MATRICES * factors
+    step, held = step + kept, held + kept
     room = budget - work
     if room < 2 * state:
         raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
@@ -84,6 +91,24 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
                          f"memory={work + 10 * state} or more")
     block = 1 if be.traced else max(1, room // 2 // held)
     return Plan((room - (block - 1) * held) // state - 1, steps, room // step, block=block)
+
+
+def _factors(run: Run, x: Inputs, stepper: Any, vector: int) -> tuple[int, int]:
+    """Bytes of the factors that an implicit step solves with, and of those that stay with its record."""
+    be = run.be
+    if not run.method.implicit:
+        return 0, 0
+    if stepper.jac.free:
+        return 2 * (RESTART + 1) * vector, 0
+    pattern = run.sparsity
+    if run.method.linear_solver == "dense":  # type: ignore[attr-defined]
+        pattern = None
+    elif pattern is None and run.products.jac is not None and be.sparse_lu:
+        pattern = getattr(stepper.jac.near(be.time(be.scalar(x.t0)), x.u0), "pattern", None)
+    n = x.u0.shape[0]
+    factors = vector // n * (n * n if pattern is None else pattern.factors(be))
+    stays = isinstance(stepper, Rosenbrock) or (pattern is not None and pattern.structure(be) == "sparse")
+    return factors, factors if stays and type(be).keep is not Backend.keep else 0
 
 
 def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memory: Any) -> Room:
@@ -112,7 +137,7 @@ def room(run: Run, x: Inputs, stepper: Any, longest: Any, checkpoints: Any, memo
 def _known_steps(run: Run, x: Inputs) -> int | None:
     """The number of steps where the step size is fixed and the span is known."""
     t0, t1 = run.be.concrete(x.t0), run.be.concrete(x.t1)
-    if run.controller.adaptive or run.tstops or t0 is None or t1 is None:
+    if run.controller.adaptive or run.tstops or run.events or t0 is None or t1 is None:
         return None
     assert run.dt is not None
     return min(run.capacity, max(1, math.ceil(abs(t1 - t0) / run.dt * (1 - 1e-9))))
@@ -120,29 +145,20 @@ def _known_steps(run: Run, x: Inputs) -> int | None:
 
 def forward(run: Run, x: Inputs, options: tuple[Any, Any, Any]) -> tuple[base.Outputs, base.Aux, base.Solved]:
     """The forward solve that keeps what the budget allows; its output is made as the steps come by."""
-    be = run.be
-    stepper = base.bound(run, x)
-    s = span(be, x.t0, x.t1)
-    timed = run.saves not in (None, "steps")
-    ts = base.save_times(run, x, s) if timed else None
-    u0 = stepper.lift(x.u0)
-    sink = be.checkpoints(plan(run, x, stepper, *options), stepper, run.saves, ts, u0, s.direction, run.capacity)
-    end, (kept, rows) = integrate(run, stepper, s, u0, x.rtol, x.atol, sink=sink, limit=run.capacity)
-    if timed:
-        u = be.reached(rows, ts, end.t, s.direction)
-    elif run.saves == "steps":
-        u, ts = be.node_rows(rows, kept, end.u, end.t)
-    else:
-        u, ts = end.u[None, :], [end.t]
-    aux = base.Aux(ts, end.t, end.accepted, end.rejected, evaluations(run, stepper, end), end.status, end.ratio, end.h,
-                   None)
-    return base.Outputs(stepper.seen(u), None, None), aux, base.Solved(x, kept, end)
+    return base.solve_forward(run, x, keep=True, plan=lambda stepper: plan(run, x, stepper, *options))
 
 
 def opened(run: Run, solved: base.Solved) -> tuple[base.Solved, Any]:
     """As `base.opened`, for what `forward` left."""
-    stepper = base.bound(run, solved.x)
-    return solved._replace(log=run.be.recall(solved.log, stepper)), stepper
+    x, stepper = solved.x, base.bound(run, solved.x)
+    again = controlled(run, stepper, x.rtol, x.atol)
+    return solved._replace(log=run.be.recall(solved.log, again)), stepper
+
+
+def repeated(run: Run, stepper: Any, taken: Any, iterations: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+    """How often `f` is evaluated in steps that are taken again, and their algebra."""
+    nfe = stepper.evaluations(taken, True) - stepper.evaluations(0, True) + iterations
+    return nfe, stepper.algebra(taken, iterations, run.controller.adaptive)
 
 
 def remade(run: Run, solved: base.Solved) -> base.Solved:

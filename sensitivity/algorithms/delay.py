@@ -96,7 +96,7 @@ class RecursiveCheckpointAdjoint(discrete.RecursiveCheckpointAdjoint):
                                             be.pending(log, extra))
         nfe, algebra = 0, (0, 0, 0)
         if self.budgeted:
-            taken, iterations, bars = be.retaken(log, extra)
+            taken, iterations, bars = be.recalled(log, extra)
             nfe, algebra = eq.again(taken, iterations)
             ts_bar = bars if ts_bar is None else ts_bar
         t0_bar = t1_bar = 0.0

@@ -52,9 +52,10 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
 
     Gives derivatives with respect to `u0`, `p`, `t0`, `t1` and `saveat`, in reverse and forward mode. Memory without
     a budget: the stages of every accepted step, `(s + 1) n` numbers each. With one, the gradient is the same, and
-    accepted steps only are taken again: `sensitivity.checkpoint` says how many, `stats.nfe` counts their
-    evaluations. The states to keep are chosen as the solve goes on (Wang, Moin, Iaccarino 2009), or beforehand where
-    the number of steps is known (Griewank, Walther 2000). Forward mode takes all steps once more and keeps them.
+    accepted steps only are taken again, as they were, with the same Newton iterations: `sensitivity.checkpoint` says
+    how many, `stats` counts their evaluations and factorisations. The states to keep are chosen as the solve goes on
+    (Wang, Moin, Iaccarino 2009), or beforehand where the number of steps is known (Griewank, Walther 2000). Forward
+    mode takes all steps once more and keeps them.
 
     Raises
     ------
@@ -62,9 +63,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
         several of them are given.
     UnsupportedCombination
-        A budget with `dense=True`, events or a method that is not explicit (for a delay equation it may be implicit);
-        `spill` on a backend that compiles its loops. For a delay equation also `spill`, lags that depend on the
-        state, and `checkpoints` on a backend that compiles its loops.
+        A budget with `dense=True`, events or a method that hides its steps; `spill` on a backend that compiles its
+        loops. For a delay equation also `spill`, lags that depend on the state, and `checkpoints` on a backend that
+        compiles its loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
@@ -110,9 +111,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if self.budgeted and run.kind is not None and run.kind.name not in ("sde", "dde"):
             raise base.unsupported(f"{self.name} with a budget", "a problem that is not an ODEProblem or SDEProblem",
                                    "RecursiveCheckpointAdjoint()")
-        if self.budgeted and (run.method.implicit or not run.method.one_step):
-            raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which is no explicit method",
-                                   "RecursiveCheckpointAdjoint()")
+        if self.budgeted and not run.method.one_step:
+            raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which hides its steps",
+                                   "GaussAdjoint(checkpoints=...)")
         if run.events and self.budgeted:
             raise base.unsupported(f"{self.name} with a budget", "events, which change the state between steps",
                                    "RecursiveCheckpointAdjoint()")
@@ -147,8 +148,6 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
             if stepper.algebraic:
                 theta0, rows, moves = consistent.pulled(be, stepper, pull, theta0, ts, residuals.u, rows)
             extra, ts_bar = be.sample_vjp(stepper.interpolate_vjp(time), log, ts, stepper.seen_vjp(rows), s.direction)
-            if moves is not None:
-                _, ts_bar = be.scan(lambda _, x: (0, x[0] + x[1]), 0, (ts_bar, moves))
         if ct.nodes is not None:
             extra = be.stacked_vjp(log, ct.nodes, ct.stages, extra)
         state = Adjoint(lam, be.nothing(lam) if stepper.fsal else None, theta0, 0.0, 0.0)
@@ -165,11 +164,13 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
             end_state = be.replay(back, state, log, extra)
             t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent, x.u0.shape[0]), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
-        nfe = 0 if self.budgeted else be.restaged(log) * stepper.stages
+        nfe, algebra = be.restaged(log) * stepper.stages if not self.budgeted else 0, (0, 0, 0)
         if self.budgeted:
-            taken, bars = be.recalled(log, extra)
+            taken, iterations, bars = be.recalled(log, extra)
             ts_bar = bars if ts_bar is None else ts_bar
-            nfe = taken * (stepper.stages - stepper.fsal)
+            nfe, algebra = budget.repeated(run, stepper, taken, iterations)
+        if moves is not None:
+            _, ts_bar = be.scan(lambda _, x: (0, x[0] + x[1]), 0, (ts_bar, moves))
         u0, _ = stepper.start(be.time(s.t0), x.u0)
         if kappa is not None:
             u_bar, theta_bar, t_bar = stepper.first_vjp(pull, be.time(s.t0), u0, kappa)
@@ -183,7 +184,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
                                int(RetCode.NewtonFailure), status)
         lam = stepper.lift_vjp(lam)
         t0_bar, t1_bar = base.fold_times(run, ts_bar, t0_bar - h_bar, t1_bar) if time else (0.0, 0.0)
-        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status)
+        return base.Cotangents(lam, theta, t0_bar, t1_bar, ts_bar, nvjp, nfe, status, algebra=algebra)
 
     def tangent(self, run: Run, residuals: base.Solved, d: base.Tangents) -> Any:
         """Tangents through the frozen steps; their cost is one product per stage and direction."""

@@ -161,7 +161,7 @@ def check_segments(h: Harness) -> None:
             continue
         log = be.retaking(kept, retake)
         h.close(be.collect(body, one, log, be.pending(log)), want, 1e-14, f"collect with {records} records")
-        steps, iterations, _ = be.retaken(log, None)
+        steps, iterations, _ = be.recalled(log, None)
         h.close(steps, taken, 0.0, "steps taken again")
         h.close(iterations, 2.0 * taken, 0.0, "their iterations")
         again = be.remade(be.retaking(kept, retake), first.u)
