@@ -18,6 +18,7 @@ algebraic variables inside the first step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -100,6 +101,23 @@ class Constraints(Solving):
         _, W, J, solve = self._constraint(t, u)
         lam = w @ matrix(self.be, self.mass.inverse, w)
         return lam - W @ solve(matrix(self.be, self.mass.right, w).T @ (J.T @ lam), transposed=True)
+
+    # -- the index --------------------------------------------------------------------------------------------------
+
+    def regularity(self, t: Any, u: Array) -> tuple[Scalar, Scalar, Scalar]:
+        """`1 / |B^-1|` of `B = W^T f_u V` in Frobenius' norm, the same beside `|W^T f_u|`, and the sign of det B."""
+        be, xp = self.be, self.be.xp
+        rows = matrix(be, self.mass.left, u).T @ dense(be, self.jac.near(t, u))
+        m, n = rows.shape
+        size = math.sqrt(m * n) * be.rms(xp.reshape(rows, (-1,)))
+        finite = be.isfinite(size)
+        block = xp.where(xp.isfinite(rows), rows, xp.zeros_like(rows)) @ matrix(be, self.mass.right, u)
+        reach = m * be.rms(xp.reshape(be.factorize(block)(be.unit_rows(m, m, 0, u)), (-1,)))
+        invertible = be.isfinite(reach)
+        least = be.choose(invertible, 1.0 / be.choose(invertible, reach, 1.0), 0.0)
+        sign = 0.0 if be.is_complex(u) else be.scalar(xp.linalg.slogdet(block)[0])
+        ratio = least / be.choose(size > 0.0, size, 1.0)
+        return be.choose(finite, least, 1.0), be.choose(finite, ratio, 1.0), be.choose(finite, sign, 0.0)
 
     # -- the first slope --------------------------------------------------------------------------------------------
 

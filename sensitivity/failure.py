@@ -18,9 +18,9 @@ def failure(sol: Solution, run: Run, x: Inputs, aux: Aux, code: RetCode) -> Solv
     if explain := getattr(run.kind, "failure", None):
         return explain(sol, run, aux, code)
     t, h, ratio = (float(run.be.concrete(v) or 0.0) for v in (aux.t, aux.h, aux.ratio))
-    t1 = sol.prob.tspan[1]
+    end = float(sol.prob.tspan[1])
     steps = f"{int(run.be.concrete(aux.accepted) or 0)} accepted steps"
-    where = f"at t={t:.6g} of {float(t1):g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
+    where = f"at t={t:.6g} of {end:g} after {steps}; last step {h:.1e}, last error {ratio:.1e} tolerances"
     what, why, fix = {
         RetCode.MaxSteps: (f"max_steps={min(run.max_steps, run.capacity)} reached {where}",
                            "the tolerances ask for very short steps",
@@ -42,6 +42,7 @@ def failure(sol: Solution, run: Run, x: Inputs, aux: Aux, code: RetCode) -> Solv
         RetCode.Unstable: (f"the two solutions of the reversible pair came apart {where}",
                            "where the solution contracts at a rate a, their difference grows like exp(|a| t)",
                            "sensealg=RecursiveCheckpointAdjoint(), a smaller coupling=, or a shorter tspan"),
+        RetCode.IndexTooHigh: _index(t, ratio, end, steps),
         RetCode.Memory: (f"the budget of memory is too small for what later steps look back at {where}",
                          "it has to hold the steps of one largest lag, those of one segment, and their cotangents",
                          "memory= larger, looser tolerances, or RecursiveCheckpointAdjoint() without a budget"),
@@ -52,6 +53,18 @@ def failure(sol: Solution, run: Run, x: Inputs, aux: Aux, code: RetCode) -> Solv
         what, why, fix = f"{name} holds a value that is not finite; {what}", "NaN and infinity spread to all results", (
             f"look for the first NaN or infinity in {name}")
     return SolveError(what, why, fix, code, t, sol)
+
+
+def _index(t: float, condition: float, end: float, steps: str) -> tuple[str, str, str]:
+    """The words for constraints that do not determine the algebraic variables all the way."""
+    why = "the system has index 2 or more there, or a turning point that the solution does not go beyond"
+    fix = "a shorter tspan, or constraints that can be solved for the algebraic variables everywhere"
+    if t == end:
+        return ("the constraints cease to determine the algebraic variables on the way: what can be solved for at the "
+                f"ends of tspan has determinants of opposite signs, or a save time lies where it cannot, after {steps}",
+                why, fix)
+    return (f"the constraints cease to determine the algebraic variables at t={t:.6g} of {end:g} (condition "
+            f"{condition:.1e}, where 1 is best) after {steps}", why, fix)
 
 
 def _stiff(sol: Solution, run: Run, x: Inputs, t: float, h: float) -> tuple[str, str] | None:

@@ -173,6 +173,11 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
             tell(t)
             new = State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio, state.accepted + 1, state.rejected,
                         guarded(state, u1, True, state.status), iterations=state.iterations + spent)
+            if stepper.algebraic:  # what failed there is asked of the last state that there was
+                found = be.isfinite(be.rms(u1))
+                t, u = be.choose(found, (t, u1), (state.t, state.u))
+                new = new._replace(t=t, u=u, status=be.choose(found, new.status, broken))
+                return watched(state, new, record, found)
             return watched(state, new, record, True)
         ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
         keep, factor, memory = controller.propose(be, ratio, state.memory, k)

@@ -19,3 +19,4 @@ class RetCode(IntEnum):
     Unstable = 10
     Memory = 11
     NotAutonomous = 12
+    IndexTooHigh = 13

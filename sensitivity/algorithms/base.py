@@ -263,6 +263,8 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None,
                       run.controller.adaptive)
     end, kept = integrate(run, stepper, s, u0, x.rtol, x.atol, sink=sink, watch=watch,
                           limit=None if sink is None or run.events else run.capacity)
+    if stepper.algebraic:
+        end = consistent.judged(be, stepper, s, x.u0, u0, end, not run.tstops)
     log = kept
     if plan is not None:
         log, kept = kept
@@ -275,7 +277,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None,
         u = be.reached(stepper.seen(u), ts, end.t, s.direction)
         if stepper.algebraic:
             u, more = consistent.states(be, stepper, ts, u)
-            spent = spent + more
+            spent, end = spent + more, consistent.complete(be, u, end)
     elif run.saves == "steps":
         u, ts = be.nodes(kept, end.u, end.t) if plan is None else be.node_rows(kept, log, end.u, end.t)
         u = stepper.seen(u)
@@ -294,7 +296,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None,
         events = (index, end.watch.count, end.watch.ended)
     made = algebra(run, stepper, end)
     aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
-              (made[0] + spent, made[1] + spent, made[2] + spent))
+              tuple(count + spent + consistent.LOOKS * stepper.algebraic for count in made))
     kept = x._replace(u0=u0) if stepper.algebraic else x
     return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(
         kept, log if keep or run.dense else None, end, u if timed and stepper.algebraic else None)

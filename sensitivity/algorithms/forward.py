@@ -137,11 +137,14 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             watch = Watch(be, stepper, jumps, s.direction, s.t1, run.max_events, run.controller.adaptive)
         end, rows = integrate(run, stepper, s, z0, x.rtol, _wide(be, x.atol, m), sink=sink, norm=norm, watch=watch,
                               limit=None if sink is None or run.events else run.capacity)
+        if own.algebraic:
+            end = consistent.judged(be, own, s, x.u0, u0, end._replace(u=end.u[:n]), not run.tstops)._replace(u=end.u)
         rows = end.u[None, :] if rows is None else be.reached(rows, ts, end.t, s.direction)
         u, S = rows[:, :n], xp.permute_dims(xp.reshape(rows[:, n:], (-1, m, n)), (1, 0, 2))
         if own.algebraic and run.saves is not None:
             u, more = consistent.states(be, own, ts, u)
             S, spent = consistent.pushed(be, own, push, ts, u, S, None), spent + more
+            end = consistent.complete(be, u, end)
         speed = None
         made = algebra(run, stepper, end)
         nfe = evaluations(run, stepper, end) + spent + own.derivative_cost * (d.t0 is not None)
@@ -159,7 +162,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None, events,
-                       tuple(count + spent for count in made))
+                       tuple(count + spent + consistent.LOOKS * own.algebraic for count in made))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:
