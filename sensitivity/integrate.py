@@ -140,20 +140,35 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
             slope = stepper.derivative(be.time(s.t0), u0) if k0 is None else k0
             h = initial_step(run, stepper, s, u0, slope, rtol, atol, norm)
     stepper = controlled(run, stepper, rtol, atol, norm)
-    broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
-    length = abs(s.t1 - s.t0)
-    eps = be.eps(be.time_dtype(u0.dtype))
-    k = stepper.error_order
-    delta = None if s.shift is None else s.shift[1] - s.shift[0]
+    steps = Steps(run, stepper, s, rtol, atol, norm, be.eps(be.time_dtype(u0.dtype)), watch, guard)
+    start = State(s.t0, h, u0, k0, controller.init(), 0.0, 0, 0, int(RetCode.Success),
+                  None if watch is None else watch.start(s.t0, u0))
+    end, result = be.iterate(steps, start, steps.running, limit or run.max_steps, sink)
+    if not controller.adaptive:
+        end = end._replace(status=be.choose(be.isfinite(be.rms(end.u)), end.status, steps.broken))
+    short = (end.t != s.t1) & (end.status == int(RetCode.Success))
+    if watch is not None:
+        short = short & no(end.watch.ended)
+    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), result
 
-    def tell(t: Scalar) -> None:
-        if run.progress is not None:
-            be.report(run.progress, abs(t - s.t0) / be.choose(length > 0.0, length, 1.0), t)
 
-    def guarded(state: State, u1: Array, keep: Any, status: Any) -> Any:
-        return status if guard is None else be.choose(keep, be.greatest(status, guard(state.u, u1)), status)
+class Steps:
+    """One attempt after the other: `steps(state) -> (state, record, keep)`, as long as `steps.running(state)`.
 
-    def advance(state: State) -> tuple[State, Record, Any]:
+    Made of its arguments only, so that a backend may take the same steps with numbers of its own.
+    """
+
+    def __init__(self, run: Run, stepper: Stepper, s: Span, rtol: Any, atol: Any, norm: Callable,
+                 eps: float, watch: Any = None, guard: Callable | None = None) -> None:
+        self.run, self.stepper, self.span, self.rtol, self.atol, self.norm = run, stepper, s, rtol, atol, norm
+        self.eps, self.watch, self.guard = eps, watch, guard
+        self.broken = int(RetCode.NewtonFailure if stepper.implicit else RetCode.NonFinite)
+        self.length = abs(s.t1 - s.t0)
+        self.delta = None if s.shift is None else s.shift[1] - s.shift[0]
+
+    def __call__(self, state: State) -> tuple[State, Record, Any]:
+        run, stepper, s, watch = self.run, self.stepper, self.span, self.watch
+        be, controller = run.be, run.controller
         target = s.t1
         for stop in reversed(run.tstops):
             target = be.choose(s.direction * (stop - state.t) > 0.0, stop, target)
@@ -165,53 +180,56 @@ def integrate(run: Run, stepper: Stepper, s: Span, u0: Array, rtol: Any, atol: A
         if watch is not None:
             last = last & no(state.watch.seeking)
         h = be.choose(last, remaining, s.direction * wanted)
-        t_f, h_f = (state.t, h) if s.shift is None else _shifted(be, s, state.t, h, last & (target == s.t1), delta)
+        t_f, h_f = state.t, h
+        if s.shift is not None:
+            t_f, h_f = _shifted(be, s, state.t, h, last & (target == s.t1), self.delta)
         u1, K, spent = stepper.attempt(t_f, h_f, state.u, state.k)
         record = Record(t_f, h_f, state.u, K)
         if not controller.adaptive:
             t = be.choose(last, target, state.t + h)
-            tell(t)
+            self._tell(t)
             new = State(t, state.h, u1, stepper.carry(K), state.memory, state.ratio, state.accepted + 1, state.rejected,
-                        guarded(state, u1, True, state.status), iterations=state.iterations + spent)
+                        self._guarded(state, u1, True, state.status), iterations=state.iterations + spent)
             if stepper.algebraic:  # what failed there is asked of the last state that there was
                 found = be.isfinite(be.rms(u1))
                 t, u = be.choose(found, (t, u1), (state.t, state.u))
-                new = new._replace(t=t, u=u, status=be.choose(found, new.status, broken))
-                return watched(state, new, record, found)
-            return watched(state, new, record, True)
-        ratio = norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, rtol, atol))
-        keep, factor, memory = controller.propose(be, ratio, state.memory, k)
+                new = new._replace(t=t, u=u, status=be.choose(found, new.status, self.broken))
+                return self._watched(state, new, record, found)
+            return self._watched(state, new, record, True)
+        ratio = self.norm(be.scaled(stepper.error(t_f, h_f, state.u, K), state.u, u1, self.rtol, self.atol))
+        keep, factor, memory = controller.propose(be, ratio, state.memory, stepper.error_order)
         t = be.choose(keep, be.choose(last, target, state.t + h), state.t)
         h_next = be.choose(last & keep, s.direction * be.greatest(wanted, abs(h) * factor), h * factor)
-        tiny = 16.0 * eps * be.greatest(abs(t), eps * length) if run.dtmin is None else run.dtmin
+        tiny = 16.0 * self.eps * be.greatest(abs(t), self.eps * self.length) if run.dtmin is None else run.dtmin
         stuck = (abs(h_next) < tiny) & (t != s.t1)
-        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), broken),
-                           state.status)
-        tell(t)
+        status = be.choose(stuck, be.choose(be.isfinite(ratio), int(RetCode.DtMin), self.broken), state.status)
+        self._tell(t)
         u, k_next = be.choose(keep, (u1, stepper.carry(K)), (state.u, state.k))
         new = State(t, h_next, u, k_next, memory, ratio, state.accepted + be.choose(keep, 1, 0),
-                    state.rejected + be.choose(keep, 0, 1), guarded(state, u1, keep, status),
+                    state.rejected + be.choose(keep, 0, 1), self._guarded(state, u1, keep, status),
                     iterations=state.iterations + spent)
-        return watched(state, new, record, keep)
+        return self._watched(state, new, record, keep)
 
-    def watched(state: State, new: State, record: Record, keep: Any) -> tuple[State, Record, Any]:
-        if watch is not None:
-            new, keep = watch.settle(state, new, record, keep)
+    def running(self, state: State) -> Any:
+        on = (state.t != self.span.t1) & (state.status == int(RetCode.Success))
+        return on if self.watch is None else on & no(state.watch.ended)
+
+    def _tell(self, t: Scalar) -> None:
+        if self.run.progress is not None:
+            be = self.run.be
+            fraction = abs(t - self.span.t0) / be.choose(self.length > 0.0, self.length, 1.0)
+            be.report(self.run.progress, fraction, t)
+
+    def _guarded(self, state: State, u1: Array, keep: Any, status: Any) -> Any:
+        if self.guard is None:
+            return status
+        be = self.run.be
+        return be.choose(keep, be.greatest(status, self.guard(state.u, u1)), status)
+
+    def _watched(self, state: State, new: State, record: Record, keep: Any) -> tuple[State, Record, Any]:
+        if self.watch is not None:
+            new, keep = self.watch.settle(state, new, record, keep)
         return new, record, keep
-
-    def running(state: State) -> Any:
-        on = (state.t != s.t1) & (state.status == int(RetCode.Success))
-        return on if watch is None else on & no(state.watch.ended)
-
-    start = State(s.t0, h, u0, k0, controller.init(), 0.0, 0, 0, int(RetCode.Success),
-                  None if watch is None else watch.start(s.t0, u0))
-    end, result = be.iterate(advance, start, running, limit or run.max_steps, sink)
-    if not controller.adaptive:
-        end = end._replace(status=be.choose(be.isfinite(be.rms(end.u)), end.status, broken))
-    short = (end.t != s.t1) & (end.status == int(RetCode.Success))
-    if watch is not None:
-        short = short & no(end.watch.ended)
-    return end._replace(status=be.choose(short, int(RetCode.MaxSteps), end.status)), result
 
 
 def _shifted(be: Any, s: Span, t: Scalar, h: Scalar, last: Any, delta: Any) -> tuple[Any, Any]:

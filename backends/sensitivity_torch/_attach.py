@@ -82,10 +82,12 @@ def attach(be, algorithm, run, x):
 
 def task(algorithm, name, run, x, *args):
     """`algorithm.<name>(run, x, *args)` on plain tensors."""
-    from . import _taped
+    from . import _compiled, _taped
 
     with _autodiff.silent(run.field.f.live):
         x = bare(run, x)
+        if _compiled.asked(run):
+            return _compiled.task(algorithm, name, run, x, *args)
         if name == "forward" and _taped.suits(algorithm, run, x, *args):
             return _taped.forward(algorithm, run, x, *args)
         return getattr(algorithm, name)(run, x, *args)
@@ -93,10 +95,12 @@ def task(algorithm, name, run, x, *args):
 
 def reverse(algorithm, run, residuals, ct, wanted, keep=True):
     """`algorithm.reverse`, with what `f` closes over in the state of the solve; `keep` if there may be another one."""
-    from . import _ahead, _taped
+    from . import _ahead, _compiled, _taped
 
     _same_captured(run, residuals.x)
     with _autodiff.silent(run.field.f.live):
+        if _compiled.asked(run):
+            return _compiled.reverse(algorithm, run, residuals, ct, wanted)
         if _taped.suits(algorithm, run, residuals.x, wanted):
             return _taped.reverse(algorithm, run, residuals, ct, wanted, keep)
         return _ahead.reverse(algorithm, run, residuals, ct, wanted)
