@@ -43,6 +43,7 @@ class Backend(Lookback, LinearSystems, Loops):
     sparse_lu : whether Jacobians may be SciPy sparse matrices, and `factorize_sparse` is there.
     batches : whether `rows` evaluates a function for all rows at once.
     attaches : whether `attach` attaches anything, so that any solve may be differentiated later.
+    compiles : whether `ReverseVJP(compile=True)` changes anything, where `uncompiled` has no objection.
     how_to_get_ad : what to say when AD is missing but could be installed.
     holds_numpy : whether its arrays are NumPy's own, which SciPy takes.
     namespace, array_call, copy_call : how users write the namespace, a new array and a copying method, for hints.
@@ -54,6 +55,7 @@ class Backend(Lookback, LinearSystems, Loops):
     holds_numpy = False
     attaches = False
     batches = False
+    compiles = False
     sparse_lu = False
     complex = True
     how_to_get_ad = ""
@@ -222,6 +224,10 @@ class Backend(Lookback, LinearSystems, Loops):
         """`algorithm.<name>(run, *args, wanted)` on plain arrays; a backend may compile it once per hashable `run`."""
         with self.quiet():
             return getattr(algorithm, name)(run, *args, wanted)
+
+    def uncompiled(self, algorithm: Any, run: Any) -> str | None:
+        """Why the steps and products of this solve cannot be compiled, or None."""
+        raise NotImplementedError
 
     def known(self, run: Any, x: Any) -> tuple[Any, Any] | None:
         """The run and its inputs as plain arrays whose values are known now, or None."""

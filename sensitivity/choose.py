@@ -68,6 +68,7 @@ def choose(run: Run, x: Inputs, sensealg: Any, verify: bool = True,
         raise UnsupportedCombination(f"{sensealg.name} does not go with events", "it has no jump conditions for them",
                                      "sensealg=RecursiveCheckpointAdjoint()")
     sensealg.refuse(run)
+    vjp.refuse(run, sensealg)
     _check_device(run, x, sensealg, vjp)
     if run.mass is not None:
         if not sensealg.algebraic:

@@ -54,6 +54,9 @@ class VJP:
         """What was asked for and changes nothing here, in a sentence, or None."""
         return None
 
+    def refuse(self, run: Run, algorithm: Any) -> None:
+        """Raise `UnsupportedCombination` where this choice does not go with the algorithm."""
+
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         """`pull(t, u, ct) -> (f_u^T ct, f_p^T ct, f_t . ct)`; the last is 0.0 unless `time`, the second () unless
         `params`."""
@@ -101,8 +104,15 @@ class ReverseVJP(VJP):
     Parameters
     ----------
     compile : bool
-        Ask the backend to compile the product where it can do so separately; JAX always compiles, NumPy and PyTorch
-        cannot, and say so in a warning.
+        On PyTorch, compile the steps and the reverse pass of `RecursiveCheckpointAdjoint`, once for each `f` and
+        shape; it takes a C++ compiler and tens of seconds. JAX always compiles, and NumPy cannot, which a warning says.
+
+    Raises
+    ------
+    UnsupportedCombination
+        With `compile=True` on PyTorch: there is no C++ compiler, `f` has other than tensor operations, or the
+        algorithm, the method or the problem has no compiled loops (budgets of memory, implicit methods, events, mass
+        matrices, `norm`, `progress`, complex states, other devices, forward mode and second derivatives).
     """
 
     compile: bool = False
@@ -112,9 +122,13 @@ class ReverseVJP(VJP):
         return None if "reverse" in be.modes else f"the {be.name} backend has no reverse-mode AD" + be.how_to_get_ad
 
     def unused(self, run: Run) -> str | None:
-        if not self.compile or run.be.traced:
+        if not self.compile or run.be.traced or run.be.compiles:
             return None
         return f"compile=True of ReverseVJP changes nothing on {run.be.name}: its products are not compiled separately"
+
+    def refuse(self, run: Run, algorithm: Any) -> None:
+        if self.compile and run.be.compiles and (why := run.be.uncompiled(algorithm, run)):
+            raise UnsupportedCombination("ReverseVJP(compile=True) cannot be used here", why, "vjp=ReverseVJP()")
 
     def pullback(self, run: Run, x: Inputs, *, time: bool = False, params: bool = True) -> Pull:
         return run.be.vjp(_through(run, x), x.theta, time=time, params=params)

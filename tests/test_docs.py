@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,8 +28,14 @@ def script(page: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))],
-                         ids=lambda p: str(p.relative_to(ROOT)))
+def marked(page):
+    """A page for `test_blocks_run`; the one that needs a C++ compiler takes a minute of it."""
+    missing = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
+    marks = [pytest.mark.slow, missing] if page.name == "compiled.md" else []
+    return pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks)
+
+
+@pytest.mark.parametrize("page", [marked(p) for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))])
 def test_blocks_run(page, tmp_path):
     path = tmp_path / f"{page.stem}.py"
     path.write_text(script(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,6 +12,7 @@ from sensitivity.retcode import RetCode
 from sensitivity.second import refuse_second, turned
 from sensitivity.system import Inputs
 from sensitivity.verdict import judge
+from sensitivity.vjp import ReverseVJP
 
 from . import _autodiff, _levels
 
@@ -69,7 +70,7 @@ def attach(be, algorithm, run, x):
             return algorithm.plain(run, x)
     if not transformed and not moving:
         with torch.no_grad():
-            return algorithm.plain(run, bare(run, x))
+            return task(algorithm, "plain", run, x)
     wanted = {name for name in ("u0", "t0", "t1", "saveat")
               if getattr(x, name) is not None and _levels.moving(getattr(x, name))}
     if any(_levels.moving(v) for v in x.theta):
@@ -80,13 +81,19 @@ def attach(be, algorithm, run, x):
     return out, call.aux if call.lanes is None else _aux_of_lanes(be, run, x, summary)
 
 
+def compiling(run):
+    return type(run.vjp) is ReverseVJP and run.vjp.compile
+
+
 def task(algorithm, name, run, x, *args):
     """`algorithm.<name>(run, x, *args)` on plain tensors."""
-    from . import _compiled, _taped
+    from . import _taped
 
     with _autodiff.silent(run.field.f.live):
         x = bare(run, x)
-        if _compiled.asked(run):
+        if compiling(run):
+            from . import _compiled
+
             return _compiled.task(algorithm, name, run, x, *args)
         if name == "forward" and _taped.suits(algorithm, run, x, *args):
             return _taped.forward(algorithm, run, x, *args)
@@ -95,11 +102,13 @@ def task(algorithm, name, run, x, *args):
 
 def reverse(algorithm, run, residuals, ct, wanted, keep=True):
     """`algorithm.reverse`, with what `f` closes over in the state of the solve; `keep` if there may be another one."""
-    from . import _ahead, _compiled, _taped
+    from . import _ahead, _taped
 
     _same_captured(run, residuals.x)
     with _autodiff.silent(run.field.f.live):
-        if _compiled.asked(run):
+        if compiling(run):
+            from . import _compiled
+
             return _compiled.reverse(algorithm, run, residuals, ct, wanted)
         if _taped.suits(algorithm, run, residuals.x, wanted):
             return _taped.reverse(algorithm, run, residuals, ct, wanted, keep)
@@ -141,7 +150,7 @@ class Solve(torch.autograd.Function):
         if call.wanted:
             out, call.aux, call.residuals = task(call.algorithm, "forward", call.run, x, call.wanted)
         else:
-            out, call.aux = call.algorithm.plain(call.run, bare(call.run, x))
+            out, call.aux = task(call.algorithm, "plain", call.run, x)
         return (*(v.clone() for v in out if v is not None), _summary(call.aux, x.u0))
 
     @staticmethod
@@ -275,6 +284,12 @@ class Reverse(_Once):
         return _loop(Reverse, info.batch_size, in_dims[2:], heads, args)
 
 
+def _only_eager(run, what):
+    if compiling(run):
+        raise UnsupportedCombination(f"ReverseVJP(compile=True) has no {what}", "it compiles the reverse pass",
+                                     "vjp=ReverseVJP()")
+
+
 def _same_captured(run, x):
     """A closure or module that changed since the solve would leave a wrong gradient behind."""
     field = run.field.f
@@ -294,6 +309,7 @@ class Tangent(_Once):
 
     @staticmethod
     def forward(call, count, *args):
+        _only_eager(call.run, "forward mode")
         d, x = args[count:], call.residuals.x
         theta, times = [], {"t0": None, "t1": None, "saveat": None}
         u0 = torch.zeros((d[0].shape[0], x.u0.shape[0]), dtype=x.u0.dtype, device=x.u0.device)
@@ -342,6 +358,7 @@ class Second(_Once):
 
     @staticmethod
     def forward(call, count, *args):
+        _only_eager(call.run, "second derivatives")
         flat, (ct, dct, *given) = args[:count], args[count:]
         x, slots = call.inputs(flat), call.slots(count)
         theta = [v for (_, name), v in zip(slots, given, strict=True) if name == "theta"]

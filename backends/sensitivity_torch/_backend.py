@@ -21,7 +21,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     modes = frozenset({"reverse", "forward"})
-    attaches = batches = sparse_lu = True
+    attaches = batches = sparse_lu = compiles = True
     namespace, array_call, copy_call = "torch", "torch.tensor", "clone"
     xp = xp
 
@@ -272,6 +272,11 @@ class TorchBackend(Backend):
             if name == "reverse":
                 return _attach.reverse(algorithm, run, *args, wanted)
             return _attach.task(algorithm, name, run, *args, wanted)
+
+    def uncompiled(self, algorithm, run):
+        from . import _compiled
+
+        return _compiled.unsuited(algorithm, run)
 
     def known(self, run, x):
         flat = (x.u0, *x.theta, x.t0, x.t1)

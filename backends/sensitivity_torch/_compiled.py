@@ -8,6 +8,7 @@ blocks of steps. The parameters' share of the sweep is one batched product for m
 import threading
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -18,33 +19,43 @@ from sensitivity.errors import UnsupportedCombination
 from sensitivity.integrate import Steps
 from sensitivity.methods import RungeKutta
 from sensitivity.records import Record
-from sensitivity.vjp import ReverseVJP
 
-from . import _ahead, _autodiff, _levels
+from . import _ahead, _autodiff, _traced
 from ._backend import TorchBackend
 
 POINTS = 1024  # stages whose products with the parameters are made together
 NAME = "ReverseVJP(compile=True)"
 
 
-def asked(run):
-    return type(run.vjp) is ReverseVJP and run.vjp.compile
-
-
 def unsuited(algorithm, run):
-    """What of a solve cannot be compiled, or None."""
-    if type(algorithm) is not RecursiveCheckpointAdjoint or algorithm.budgeted:
-        return f"{algorithm.name}{' with a budget' if type(algorithm) is RecursiveCheckpointAdjoint else ''}"
+    """Why a solve cannot be compiled, or None."""
+    exact = type(algorithm) is RecursiveCheckpointAdjoint
     reasons = {
+        f"{algorithm.name}{' with a budget' * exact}": not exact or algorithm.budgeted,
         "a problem that is not an ODEProblem": run.kind is not None,
         f"{run.method.name}, which is no explicit Runge-Kutta method": not isinstance(run.method, RungeKutta),
         "events": bool(run.events),
         "a mass matrix": run.mass is not None or run.field.mass is not None,
         "norm=": run.norm is not None,
         "progress=": run.progress is not None,
-        f"{type(run.controller).__name__}": type(run.controller) not in (PIController, FixedStep),
+        type(run.controller).__name__: type(run.controller) not in (PIController, FixedStep),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    return _compiler() if found is None else f"there are no compiled loops for {found}"
+
+
+@cache
+def _compiler():
+    """Why nothing can be compiled here, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing TorchInductor warns of deprecations in PyTorch itself
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
+        except (ImportError, RuntimeError) as e:
+            return f"TorchInductor finds no C++ compiler ({' '.join(str(e).split())[:200]})"
+    return None
 
 
 def refuse(what, why):
@@ -73,33 +84,44 @@ def _capture(graph, _):
     return Graph(graph)
 
 
+def _traced_call(be, f, t, u, p):
+    """The leaves of `f(t, u, p)`, and the graph that made them with its arguments and results."""
+    _seen.hit = None
+    # With a state that requires grad, so that what f says about derivatives is in the graph.
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # importing TorchDynamo warns of deprecations in PyTorch itself
+        try:
+            out = torch.compile(f, backend=_capture, fullgraph=True, dynamic=False)(t, u, p)
+        except Exception as e:
+            if "LimitHit" in type(e).__name__:
+                raise UnsupportedCombination(
+                    f"{NAME} would compile f again and again", "f closes over numbers or objects that change",
+                    "make what changes a tensor, or pass it through p") from e
+            why = " ".join(line.strip() for line in str(e).strip().split("\n")[:2])
+            raise UnsupportedCombination(f"{NAME} cannot compile f", why,
+                                         "tensor operations only in f, or vjp=ReverseVJP()") from e
+    hit, _seen.hit = _seen.hit, None
+    if hit is None:
+        refuse("f", "computes nothing")
+    return be.flatten(out)[0], hit
+
+
 class Source:
     """The graph of `f` for one solve, and the tensors that it needs beside `t` and `u`."""
 
     def __init__(self, run, x):
         be, field = run.be, run.field
-        t, u = be.time(be.scalar(x.t0)), x.u0.detach()
-        leaves = field.u.unravel(be, u)
-        leaves = [v.view_as(v) if v is u else v for v in leaves]
-        _seen.hit = None
-        f = torch.compile(field.f.f, backend=_capture, fullgraph=True, dynamic=False)
-        p = field.p.join(be, x.theta[:field.p.count], x.constants)
+        t = be.time(be.scalar(x.t0)).requires_grad_()
+        leaves = [v.detach().requires_grad_() for v in field.u.unravel(be, x.u0)]
         state = be.unflatten(field.u.structure, leaves)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            try:
-                out = be.flatten(f(t, state, p))[0]
-            except torch._dynamo.exc.TorchDynamoException as e:
-                raise UnsupportedCombination(f"{NAME} cannot compile f", str(e).strip().split("\n")[0],
-                                             "write f with tensor operations only, or take vjp=ReverseVJP()") from e
-        if _seen.hit is None:
-            refuse("f", "does nothing that can be compiled")
-        self.graph, args, made = _seen.hit
+        p = field.p.join(be, x.theta[:field.p.count], x.constants)
+        out, (self.graph, args, made) = _traced_call(be, field.f.f, t, state, p)
         own = {id(t): "t", **{id(v): i for i, v in enumerate(leaves)}}
         self.places = tuple(own.get(id(v), "input") for v in args)
-        self.inputs = tuple(v.detach() for v in args if id(v) not in own)
-        produced = {id(v): i for i, v in enumerate(made)}
-        self.outputs = tuple(produced.get(id(v)) for v in out)
+        self.inputs = tuple(v.detach().contiguous() for v in args if id(v) not in own)
+        sources = {id(v): ("state", i) for i, v in enumerate(leaves)}
+        sources |= {id(v): ("made", i) for i, v in enumerate(made)}
+        self.outputs = tuple(sources.get(id(v)) for v in out)
         if None in self.outputs:
             refuse("f", "returns something that it did not compute")
         self.layout, self.be = field.u, be
@@ -109,18 +131,21 @@ class Source:
 
         def rhs(t, u):
             given, leaves = iter(inputs), self.layout.unravel(self.be, u)
-            out = self.graph.graph(*(t if place == "t" else next(given) if place == "input" else leaves[place]
-                                     for place in self.places))
-            return self.layout.ravel(self.be, [out[i] for i in self.outputs]).to(u.dtype)
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # which the graph may change
+                out = self.graph.graph(*(t if place == "t" else next(given) if place == "input" else leaves[place]
+                                         for place in self.places))
+            found = [out[i] if kind == "made" else leaves[i] for kind, i in self.outputs]
+            return self.layout.ravel(self.be, found).to(u.dtype)
 
         return rhs
 
-    def loop(self, key, make):
-        """What `make()` compiles, once for each graph."""
-        key = (key, self.places, self.outputs, self.layout)
+    def call(self, make, key, args):
+        """The results of what `make(..., args)` compiles, once for each graph."""
+        args = (*args, *self.inputs)
+        key = (make, key, self.places, self.outputs, self.layout)
         if key not in self.graph.loops:
-            self.graph.loops[key] = make()
-        return self.graph.loops[key]
+            self.graph.loops[key] = make(*key[1], self.field, args)
+        return self.graph.loops[key](*args)
 
 
 # -- a solve and its reverse pass ---------------------------------------------------------------------------------
@@ -128,10 +153,14 @@ class Source:
 
 def task(algorithm, name, run, x, *args):
     """`algorithm.forward` or `algorithm.plain` with compiled steps."""
-    if _levels.active():
-        refuse("a torch.func transform or a dual level", "is running")
+    if name not in ("forward", "plain"):
+        refuse("forward mode", "is not compiled")
+    if run.field.f.names:
+        refuse("a module f inside a torch.func transform", "is not compiled")
     if x.u0.is_complex() or x.u0.device.type != "cpu":
         refuse(f"a state of {x.u0.dtype} on {x.u0.device}", "is none of real numbers on the CPU")
+    if not x.u0.shape[0]:
+        refuse("a state", "has no entries")
     return getattr(algorithm, name)(replace(run, be=Compiled(run, x, Source(run, x))), x, *args)
 
 
@@ -169,35 +198,25 @@ class Compiled(TorchBackend):
     def iterate(self, step, state, running, limit, sink=None):
         if not isinstance(step, Steps):
             return super().iterate(step, state, running, limit, sink)
-        run, u, fsal = self.plain, state.u.contiguous(), state.k is not None
-        n, s = u.shape[0], step.span
-        count = _rows(run, n)
+        u, fsal, s = state.u.contiguous(), state.k is not None, step.span
+        k = state.k.contiguous() if fsal else u.new_zeros(0)
         rtol, atol = (torch.as_tensor(v, dtype=torch.float64 if isinstance(v, float) else u.dtype, device=u.device)
                       for v in (step.rtol, step.atol))
-        z = self._numbers(*state[:2], *state[4:9])
-        k = state.k.contiguous() if fsal else u
-        key = ("forward", run.method, run.inside, run.controller, run.dtmin, run.dtmax, run.tstops, n, u.dtype,
-               rtol.shape, atol.shape)
-        function = None
+        z, shape = self._numbers(*state[:2], *state[4:9]), _traced.Shape.of(self.plain, u)
+        key = shape, rtol.shape, atol.shape
         left = limit
         while left > 0 and running(state):
-            taken = state.accepted + state.rejected
-            span = self._numbers(s.t0, s.t1, s.direction, left - 0)
-            args = (z, u, k, span, rtol, atol, *self.source.inputs)
-            if function is None:
-                from . import _traced
-
-                function = self.source.loop(key, lambda: _traced.forward(run, self.source.field, count, n, args))
-            z, u, k, T, U, K, _ = function(*args)
-            t, h, memory, ratio, accepted, rejected, status = z.tolist()
-            filled = int(accepted) - state.accepted
-            state = state._replace(t=t, h=h, u=u, k=k if fsal else None, memory=memory, ratio=ratio,
-                                   accepted=int(accepted), rejected=int(rejected), status=int(status))
-            left -= state.accepted + state.rejected - taken
+            before, count = state.accepted + state.rejected, state.accepted
+            span = self._numbers(s.t0, s.t1, s.direction, left + before)
+            z, u, k, T, U, K, _ = self.source.call(_traced.forward, key, (z, u, k, span, rtol, atol))
+            t, h, memory, ratio, *counts = z.tolist()
+            state = state._replace(t=t, h=h, u=u, k=k if fsal else None, memory=memory, ratio=ratio)
+            state = state._replace(**dict(zip(("accepted", "rejected", "status"), map(int, counts), strict=True)))
+            left -= state.accepted + state.rejected - before
+            filled = state.accepted - count
             if sink is not None and filled:
-                times = T[:filled].tolist()
-                for (t, h), u_n, k_n in zip(times, U.unbind(), K.unbind(), strict=False):
-                    sink.add(Record(t, h, u_n, k_n))
+                for times, u_n, k_n in zip(T[:filled].tolist(), U.unbind(), K.unbind(), strict=False):
+                    sink.add(Record(*times, u_n, k_n))
                 if isinstance(sink, Log):
                     sink.blocks.append((T, U, K, filled))
         return state, None if sink is None else sink.result()
@@ -205,50 +224,43 @@ class Compiled(TorchBackend):
     def replay(self, body, state, log, extra=None):
         if not isinstance(log, Log) or not log:
             return super().replay(body, state, log, extra)
-        run, lam = self.plain, state.lam.contiguous()
-        tab, n = run.method.tableau(run.inside), lam.shape[0]
-        count, time = _rows(run, n), base.times_wanted(self.wanted)
-        silent = float(tab.fsal and tab.b[-1] == 0.0 and state.kappa is None and bool(self.silent_end(extra)))
+        run, lam, time = self.plain, state.lam.contiguous(), base.times_wanted(self.wanted)
+        shape = _traced.Shape.of(run, lam)
+        tab = shape.tableau
+        silent = tab.fsal and tab.b[-1] == 0.0 and state.kappa is None and bool(self.silent_end(extra))
         kappa = torch.zeros_like(lam) if state.kappa is None else state.kappa.contiguous()
         products = _Products(run, self.x, tab, "theta" in self.wanted)
-        none = lam.new_zeros(count, n), lam.new_zeros(count, tab.stages, n), lam.new_zeros(count, 2)
-        t_bar, h_bar, end, function = state.t0, state.h, len(log), None
+        none = [lam.new_zeros(shape.rows, *more) for more in ((shape.n,), (tab.stages, shape.n), (2,))]
+        t_bar, h_bar, end = state.t0, state.h, len(log)
         for T, U, K, filled in reversed(log.blocks):
-            outs = none if extra is None else self._outs(extra[end - filled:end], none)
             newest = filled - 1 if end == len(log) else -1
-            args = (self._numbers(t_bar, h_bar, filled, newest, silent), lam, kappa, T, U, K, *outs,
-                    *self.source.inputs)
-            if function is None:
-                from . import _traced
-
-                function = self.source.loop(
-                    ("reverse", run.method, run.inside, n, lam.dtype, time),
-                    lambda: _traced.reverse(run, self.source.field, count, n, time, args))
-            z, lam, kappa, W = function(*args)
+            z = self._numbers(t_bar, h_bar, filled, newest, silent)
+            outs = none if extra is None else _outs(extra[end - filled:end], none)
+            z, lam, kappa, W = self.source.call(_traced.reverse, (shape, time), (z, lam, kappa, T, U, K, *outs))
             if time:
                 t_bar, h_bar = z[:2].tolist()
-            products.add(T[:filled], U[:filled], K[:filled], W[:filled], bool(silent) and end == len(log))
+            products.add(T[:filled], U[:filled], K[:filled], W[:filled], silent and newest >= 0)
             end -= filled
-        theta = state.theta if not products.params else self.add(state.theta, products.result())
+        theta = self.add(state.theta, products.result()) if products.params else state.theta
         return state._replace(lam=lam, kappa=kappa if tab.fsal else None, theta=theta, t0=t_bar, h=h_bar)
 
     def _numbers(self, *xs):
         return torch.tensor(xs, dtype=torch.float64, device=self._device)
 
-    @staticmethod
-    def _outs(extra, none):
-        """Contributions to the steps of a block as arrays."""
-        if all(out is None for out in extra):
-            return none
-        u, k, z = (torch.zeros_like(v) for v in none)
-        for i, out in enumerate(extra):
-            if out is not None:
-                if out.u is not None:
-                    u[i] = out.u
-                if out.k is not None:
-                    k[i] = out.k
-                z[i, 0], z[i, 1] = out.h, out.t
-        return u, k, z
+
+def _outs(extra, none):
+    """Contributions to the steps of a block as arrays of the shapes of `none`."""
+    if all(out is None for out in extra):
+        return none
+    u, k, z = (torch.zeros_like(v) for v in none)
+    for i, out in enumerate(extra):
+        if out is not None:
+            if out.u is not None:
+                u[i] = out.u
+            if out.k is not None:
+                k[i] = out.k
+            z[i, 0], z[i, 1] = out.h, out.t
+    return u, k, z
 
 
 class _Products:
@@ -299,9 +311,3 @@ class _Products:
         if self.waiting:
             self._flush()
         return tuple(self.sums)
-
-
-def _rows(run, n):
-    from . import _traced
-
-    return _traced.rows_of(run.method.tableau(run.inside).stages, n)

@@ -7,13 +7,16 @@ ends when its rows are full; the reverse one passes the recorded steps from the 
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from sensitivity.errors import UnsupportedCombination
 from sensitivity.explicit import step_vjp
 from sensitivity.integrate import Span, State, Steps
 from sensitivity.records import Contribution, Record
@@ -26,9 +29,29 @@ ENTRIES = 4096  # of the rows that a block is allowed: every attempt writes all 
 LONGEST = 64
 
 
-def rows_of(stages, n):
-    """How many steps one block records."""
-    return max(1, min(LONGEST, ENTRIES // ((stages + 1) * n)))
+@dataclass(frozen=True)
+class Shape:
+    """What loops are compiled for, beside the graph of `f`: the method, step control and the state."""
+
+    method: Any
+    inside: bool
+    controller: Any
+    limits: tuple
+    n: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, run, u):
+        return cls(run.method, run.inside, run.controller, (run.dtmin, run.dtmax, run.tstops), u.shape[0], u.dtype)
+
+    @property
+    def tableau(self):
+        return self.method.tableau(self.inside)
+
+    @property
+    def rows(self):
+        """How many steps one block records."""
+        return max(1, min(LONGEST, ENTRIES // ((self.tableau.stages + 1) * self.n)))
 
 
 class Traced(TorchBackend):
@@ -73,29 +96,30 @@ class Traced(TorchBackend):
         return [x if isinstance(x, torch.Tensor) else torch.full((), float(x), dtype=torch.float64) for x in xs]
 
 
-def forward(run, field, rows, n, args):
+def forward(shape, rtol, atol, field, args):
     """The compiled `(z, u, k, span, rtol, atol, *inputs) -> (z, u, k, T, U, K, filled)`, for arguments like `args`.
 
-    `z` are the numbers in a `State`, `span` is `(t0, t1, direction, attempts left)`, `T` has the times and sizes of
+    `z` are the numbers in a `State`, `span` is `(t0, t1, direction, all attempts)`, `T` has the times and sizes of
     the accepted steps, `U` and `K` their states and stages. `field(inputs)` is the right-hand side. Without
     first-same-as-last stages `k` is empty.
     """
-    be = Traced(args[1].dtype, args[1].device)
-    run = replace(run, be=be)
-    tab = run.method.tableau(run.inside)
+    del rtol, atol  # their shapes
+    be = Traced(shape.dtype, args[1].device)
+    tab, rows, n = shape.tableau, shape.rows, shape.n
+    dtmin, dtmax, tstops = shape.limits
+    run = SimpleNamespace(be=be, controller=shape.controller, dtmin=dtmin, dtmax=dtmax, tstops=tstops, progress=None)
 
     def steps(span, rtol, atol, *inputs):
         t0, t1, direction, _ = span.unbind()
-        return Steps(run, run.stepper(field(inputs)), Span(t0, t1, direction), rtol, atol, be.rms,
-                     be.eps(torch.float64))
+        stepper = shape.method.bind(be, field(inputs), shape.inside)
+        return Steps(run, stepper, Span(t0, t1, direction), rtol, atol, be.rms, be.eps(torch.float64))
 
     def state(z, u, k):
         t, h, memory, ratio, *counts = z.unbind()
         return State(t, h, u, k if tab.fsal else None, memory, ratio, *counts)
 
     def more(z, u, k, T, U, K, filled, span, *given):
-        left = span[3] + z[4] + z[5]
-        return steps(span, *given).running(state(z, u, k)) & (filled < rows) & (left > 0.0)
+        return steps(span, *given).running(state(z, u, k)) & (filled < rows) & (z[4] + z[5] < span[3])
 
     def body(z, u, k, T, U, K, filled, span, *given):
         new, record, keep = steps(span, *given)(state(z, u, k))
@@ -114,7 +138,7 @@ def forward(run, field, rows, n, args):
     return _compiled(more, body, start, 3, args)
 
 
-def reverse(run, field, rows, n, time, args):
+def reverse(shape, time, field, args):
     """The compiled `(z, lam, kappa, T, U, K, outs, inputs) -> (z, lam, kappa, W)`.
 
     `z` is `(t0, h, i, newest, silent)`: cotangents of `t0` and of the size of the newest step, how many steps there
@@ -122,8 +146,8 @@ def reverse(run, field, rows, n, time, args):
     `outs` are cotangents that outputs hand to the steps: of states, stages, and sizes and times. `W` are those of
     the stages.
     """
-    be = Traced(args[1].dtype, args[1].device)
-    tab = run.method.tableau(run.inside)
+    be = Traced(shape.dtype, args[1].device)
+    tab, rows, n = shape.tableau, shape.rows, shape.n
     order = range(tab.stages - 1, tab.fsal - 1, -1)
 
     def more(z, *_):
@@ -191,31 +215,36 @@ def pullback(rhs, time):
 def _compiled(more, body, start, carried, args):
     """`while more(*state, *given): state = body(*state, *given)` with `state = start(*args)` and `given` the arguments
     after the first `carried`."""
-    given = args[carried:]
+    args = [v.clone() for v in args]  # what shares memory in one solve may not do so in the next
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # imports of Inductor warn of deprecations in PyTorch itself
-        from torch._inductor import compile_fx
+        warnings.simplefilter("ignore")  # importing TorchInductor warns of deprecations in PyTorch itself
+        try:
+            from torch._inductor.compile_fx import compile_fx
 
-        state = start(*args)
-        more, more_constants = _closed(more, (*state, *given))
-        body, body_constants = _closed(body, (*state, *given))
-        constants = (*more_constants, *body_constants)
-        k, count = len(more_constants), len(args)
-        first, second = slice(0, len(state) + len(given)), len(state) + len(given)
+            graph, constants = _looped(more, body, start, carried, args)
+            made = compile_fx(graph, [*args, *constants], config_patches={"cpp_wrapper": True})
+        except Exception as e:
+            why = " ".join(str(e).split())[:300]
+            raise UnsupportedCombination("ReverseVJP(compile=True) cannot compile the steps",
+                                         f"{type(e).__name__} in PyTorch {torch.__version__}: {why}",
+                                         "vjp=ReverseVJP()") from e
+    return lambda *flat: made(*flat, *constants)
 
-        def whole(*flat):
-            flat, extra = flat[:count], flat[count:]
-            return while_loop_op(lambda *a: more(*a[first], *a[second:second + k]),
-                                 lambda *a: tuple(body(*a[first], *a[second + k:])),
-                                 start(*flat), (*flat[carried:], *extra))
 
-        graph = make_fx(whole, tracing_mode="fake")(*args, *constants)
-        made = compile_fx.compile_fx(graph, [*args, *constants], config_patches={"cpp_wrapper": True})
+def _looped(more, body, start, carried, args):
+    """The graph of a loop, and what it takes beside its arguments."""
+    given, state = args[carried:], start(*args)
+    more, first = _closed(more, (*state, *given))
+    body, second = _closed(body, (*state, *given))
+    common, k, count = len(state) + len(given), len(first), len(args)
 
-    def call(*flat):
-        return made(*flat, *constants)
+    def whole(*flat):
+        return while_loop_op(lambda *a: more(*a[:common + k]),
+                             lambda *a: tuple(body(*a[:common], *a[common + k:])),
+                             start(*flat[:count]), flat[carried:])
 
-    return call
+    constants = (*first, *second)
+    return make_fx(whole, tracing_mode="fake")(*args, *constants), constants
 
 
 def _closed(f, args):

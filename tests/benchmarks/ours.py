@@ -39,9 +39,10 @@ def posed(problem: Problem, p, u0, pattern: bool = False):
 
 
 def algorithm(name: str):
-    """The sensitivity algorithm; "Name:10MB" has a budget of memory."""
-    name, _, memory = name.partition(":")
-    options = {"memory": memory} if memory else {}
+    """The sensitivity algorithm; "Name:10MB" has a budget of memory, "Name:compile" compiles its steps."""
+    name, _, option = name.partition(":")
+    compiled = {"vjp": sa.ReverseVJP(compile=True)}
+    options = compiled if option == "compile" else {"memory": option} if option else {}
     return sa.auto if name == "auto" else getattr(sa, name)(**options)
 
 

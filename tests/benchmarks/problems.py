@@ -415,6 +415,7 @@ REFERENCE = {
 
 _recursive, _backsolve = "diffrax.RecursiveCheckpointAdjoint", "diffrax.BacksolveAdjoint"
 
+_compiled = "RecursiveCheckpointAdjoint:compile"
 _backprop, _adjoint = "torchsde.sdeint", "torchsde.sdeint_adjoint"
 
 ROWS: dict[str, list[Row]] = {
@@ -467,12 +468,16 @@ ROWS: dict[str, list[Row]] = {
         Row("lotka-volterra", "gradient", "auto", "torchdiffeq.odeint", 6),
         Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 6),
         Row("lotka-volterra", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 10),
+        Row("lotka-volterra", "gradient", _compiled, "torchdiffeq.odeint", 20),
+        Row("lotka-volterra", "gradient", _compiled, "torchdiffeq.odeint_adjoint", 40),
         Row("lotka-volterra", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("lotka-volterra", "gradient", "BacksolveAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("lotka-volterra", "gradient", "ForwardSensitivity", "torchdiffeq.odeint"),
         Row("lotka-volterra", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("lotka-volterra", "compile", _compiled, "torchdiffeq.odeint"),
         Row("neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 2.5),
         Row("neural-ode-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 40),
+        Row("neural-ode-1", "gradient", _compiled, "torchdiffeq.odeint"),
         Row("neural-ode-1", "gradient", "InterpolatingAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("neural-ode-1", "gradient", "BacksolveAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("neural-ode-1", "gradient", "GaussAdjoint", "torchdiffeq.odeint_adjoint"),
@@ -484,7 +489,9 @@ ROWS: dict[str, list[Row]] = {
         Row("neural-ode-256-single", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 15),
         Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint", 1.2),
         Row("euler-mlp-1", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint", 2.5),
+        Row("euler-mlp-1", "gradient", _compiled, "torchdiffeq.odeint", 2.5),
         Row("euler-mlp-1", "gradient", "DirectAdjoint", "torchode.AutoDiffAdjoint"),
+        Row("euler-mlp-1", "compile", _compiled, "torchdiffeq.odeint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),
         Row("euler-mlp-100", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint_adjoint"),
         Row("euler-mlp-100-single", "gradient", "RecursiveCheckpointAdjoint", "torchdiffeq.odeint"),

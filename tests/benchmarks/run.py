@@ -7,9 +7,10 @@ Without a framework each one runs in a fresh process of its own. A row names our
 the same gradient (or solve) in turn, and `ratio` is the peer's median time over ours, so more than one is faster than
 the peer. `difference` is the relative distance between the two results, the errors are their distances from a peer's
 exact gradient at a tight tolerance (ours for the stiff problems of NumPy, where CVODES gets a tolerance of its own,
-with which its error is about as large). `compile` is the first call in a fresh process, imports excluded; `memory` is
-what the resident memory of a fresh process grows by at its peak, in MiB instead of milliseconds (Linux). Only ratios
-travel between machines, and a busy machine makes even those uncertain. PyTorch runs on one thread on both sides.
+with which its error is about as large). `compile` is the first call in a fresh process, imports excluded, with what JAX
+and PyTorch keep on disk; `memory` is what the resident memory of a fresh process grows by at its peak, in MiB instead
+of milliseconds (Linux). Only ratios travel between machines, and a busy machine makes even those uncertain. PyTorch
+runs on one thread on both sides.
 
 `--seconds` is the time each variant is measured for (default 2, never fewer than three rounds).
 """
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--problem", choices=sorted({row.problem for rows in ROWS.values() for row in rows}))
     parser.add_argument("--json", type=Path, help="also write the report here, with minima and sample counts")
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--no-compile", action="store_true", help="leave out the slow fresh-process rows of JAX")
+    parser.add_argument("--no-compile", action="store_true", help="leave out first calls in fresh processes")
     parser.add_argument("--first-call", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
