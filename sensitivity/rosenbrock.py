@@ -29,6 +29,7 @@ from .explicit import adding, ones
 from .implicit import Solving, relative
 from .interpolate import interpolant, slope, transpose
 from .jacobian import Jacobian, usable
+from .registry import registry
 from .stepper import Adjoint, Tangent
 from .tableaus import Tableau
 
@@ -55,9 +56,10 @@ class Linear(Tableau):
         return False
 
     @cached_property
-    def full(self) -> tuple[tuple[float, ...], ...]:
-        """`g` as a square matrix."""
-        return tuple((*row, *[0.0] * (self.stages - len(row))) for row in self.g)
+    def full(self) -> Any:
+        """`g` as a square matrix of NumPy numbers."""
+        xp = registry().backend("numpy").xp
+        return xp.asarray([(*row, *[0.0] * (self.stages - len(row))) for row in self.g])
 
     @cached_property
     def backward(self) -> tuple[tuple[float, ...], ...]:
@@ -136,12 +138,14 @@ class Rosenbrock(Solving):
         (in_time,) = be.directional(lambda e: (self.rhs(time + e, u),), 1.0)
 
         def row(slopes: Array, x: tuple, v: Array) -> tuple[Array, Array]:
-            time_i, i, d_i, weights = x
-            k_i = solve(tab.gamma * (self.rhs(time_i, v) + self._weighed(weights @ slopes) + (h * d_i) * in_time))
+            time_i, i, forced, weights = x
+            k_i = solve(tab.gamma * (self.rhs(time_i, v) + self._weighed(weights @ slopes) + forced))
             return be.put(slopes, i, k_i), k_i
 
         slopes = be.unit_rows(tab.stages, u.shape[0], tab.stages, u)
-        _, K = be.recursion(tab.a, u, h, (be.times(t, h, tab.c), *self._indexed(u)), row, slopes)
+        number, _, weights = self._indexed(u)
+        xs = (be.times(t, h, tab.c), number, be.seeds(tab.d, h, in_time, None, None), weights)
+        _, K = be.recursion(tab.a, u, h, xs, row, slopes)
         be.keep(K, solve)
         return be.combine(u, h, tab.b, K), K
 
@@ -185,22 +189,24 @@ class Rosenbrock(Solving):
 
         def row(carry: tuple, x: tuple, v: Array) -> tuple[tuple, Array]:
             theta, moved, stretched, handed = carry
-            time_i, c_i, u_i, move_i, i, k_i, column, row_i = x
+            time_i, u_i, i, column, *more = x
             w = tab.gamma * solve(v + self._weighed_back(column @ handed), transposed=True)
             y, theta_bar, t_bar = pull(time_i, u_i, w)
             theta = add(theta, theta_bar, time_i, u_i)
             if time:
+                c_i, move_i, k_i, row_i = more
                 moved = moved + t_bar
                 bend = self._weighed(k_i / tab.gamma - row_i @ K) - self.rhs(time_i, u_i)
                 stretched = stretched + c_i * t_bar + be.dot(y, move_i) + be.dot(w, bend) / h
             return (theta, moved, stretched, be.put(handed, i, w)), y
 
         zero = be.unit_rows(tab.stages, u.shape[0], tab.stages, u)
-        inputs = be.inputs(tab.a, u, h, K)
-        moves = be.inputs(tab.a, 0.0 * u, 1.0, K) if time else inputs
-        rows = (K, weights.T, weights)
-        xs = (*(be.permuted(x, order) for x in (be.times(t, h, tab.c), tab.c, inputs, moves, number)),
-              *(be.permuted_rows(x, order) for x in rows))
+        xs = (*(be.permuted(x, order) for x in (be.times(t, h, tab.c), be.inputs(tab.a, u, h, K), number)),
+              be.permuted_rows(weights.T, order))
+        if time:
+            moves = be.inputs(tab.a, 0.0 * u, 1.0, K)
+            xs += (be.permuted(tab.c, order), be.permuted(moves, order))
+            xs += (be.permuted_rows(K, order), be.permuted_rows(weights, order))
         (theta, moved, stretched, handed), Y = be.recursion(
             tab.backward, be.permuted_rows(base, order), h, xs, row, (state.theta, state.t0, 0.0, zero))
         lam, theta, moved = self._second(pull, start, h, u, K, handed, (state.lam, theta, moved), add)
@@ -222,23 +228,7 @@ class Rosenbrock(Solving):
         d = be.vector(self.tab.d, u)
         if n < self.stages:
             d, K, W = W.T @ d, W.T @ K, be.unit_rows(n, n, 0, u)
-        W = be.vector([h], u) * W
-        size = be.rms(u)
-        size = be.choose(size > 0.0, size, 1.0)
-        least = 1e-3 * be.rms(be.xp.reshape(K, (-1,)))
-
-        def along(state: tuple, x: tuple) -> tuple[tuple, int]:
-            lam, theta, moved = state
-            d_i, k_i, w = x
-
-            def flat(e: Scalar) -> tuple:
-                u_bar, theta_bar, t_bar = pull(start + e * d_i, u + e * k_i, w)
-                return u_bar, *theta_bar, t_bar
-
-            u_bar, *theta_bar, t_bar = be.directional(flat, (be.rms(k_i) + least) / size)
-            return (lam + u_bar, add(theta, tuple(theta_bar), start, u), moved + t_bar), 0
-
-        return be.scan(along, state, (d, K, W))[0]
+        return be.bent(pull, start, u, (d, K, be.vector([h], u) * W), state, add)
 
     def jvp(self, push: Any, record: Record, dt: Array | None, dh: Array | None,
             state: Tangent) -> tuple[Tangent, Array]:

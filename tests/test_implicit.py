@@ -388,3 +388,25 @@ def test_events(numpy_lab):
     a, b = (sa.gradient(prob, m, loss, events=[event], rtol=1e-8, atol=1e-9) for m in (sa.Kvaerno5(), sa.Dopri8()))
     np.testing.assert_allclose(a.p, b.p, rtol=1e-5)
     np.testing.assert_allclose(a.u0, b.u0, rtol=1e-5)
+
+
+def test_second_derivatives_in_one_loop():
+    """NumPy sums the differences of a Rosenbrock step in place: what the plain loop gives, zero directions too."""
+    from sensitivity.backend import Backend
+    from sensitivity.explicit import adding
+    from sensitivity.registry import registry
+
+    be, rng = registry().backend("numpy"), np.random.default_rng(3)
+
+    def pull(t, u, w):
+        return w * np.cos(t * u), (np.sin(u) * w, np.sum(u * u * w)), np.sum(w * u)
+
+    u, (K, W), d = rng.normal(size=5), rng.normal(size=(2, 4, 5)), np.array([0.2, 0.0, -0.4, 1.0])
+    for slopes in (K, 1e6 * K, 0.0 * K):
+        start = (np.ones(5), (np.zeros(5), np.zeros(())), 0.5)
+        got, want = (own.bent(be, pull, 1.3, u, (d, slopes, W), start, lambda a, b, *at: adding(be)(
+            tuple(np.array(v) for v in a), b, *at)) for own in (type(be), Backend))
+        np.testing.assert_array_equal(start[0], 1.0)
+        for a, b in zip((got[0], *got[1], got[2]), (want[0], *want[1], want[2]), strict=True):
+            # Rounding of central differences with step eps^(1/3).
+            np.testing.assert_allclose(a, b, rtol=0.0, atol=2e-10 * max(1.0, np.abs(slopes).max()))

@@ -13,6 +13,7 @@ from sensitivity.backend import Backend
 from sensitivity.threefry import threefry_in_place
 
 KEPT_BYTES = 2**29
+EPS = {char: float(np.finfo(char).eps) for char in "efdgFDG"}
 
 
 class NumpyBackend(Backend):
@@ -56,13 +57,13 @@ class NumpyBackend(Backend):
         return np.asarray(xs, dtype=like.dtype)
 
     def unit_rows(self, m, n, start, like):
-        return np.eye(m, n, k=-start, dtype=like.dtype)
+        return np.zeros((m, n), like.dtype) if start >= m else np.eye(m, n, k=-start, dtype=like.dtype)
 
     def dot(self, a, b):
         return float(np.dot(a, b))
 
     def eps(self, dtype):
-        return float(np.finfo(dtype).eps)
+        return EPS[np.dtype(dtype).char]
 
     def rms(self, x):
         n = x.shape[0]
@@ -167,7 +168,7 @@ class NumpyBackend(Backend):
         return out
 
     def permuted_rows(self, rows, order):
-        return rows[list(order)]
+        return rows[::-1] if order == tuple(range(len(rows) - 1, -1, -1)) else rows[list(order)]
 
     def detached(self, x):
         return self.differentiable().detached(x)
@@ -247,6 +248,24 @@ class NumpyBackend(Backend):
         from . import _autograd
 
         return _autograd.loss_second(loss, args, d)
+
+    def bent(self, pull, t, u, rows, state, add):
+        d, K, W = rows
+        size, least = self.spans(u, K)
+        ratios = (np.sqrt(np.einsum("ij,ij->i", K, K.conj()).real / u.shape[0]) + least) / size
+        e = (EPS["d"] ** (1 / 3) / np.where(ratios > 0.0, ratios, 1.0)).astype(u.real.dtype)
+        moves = e[:, None] * K
+        lam, theta, moved = state
+        lam, total = np.array(lam), None
+        steps = zip((e * d).tolist(), u + moves, u - moves, W / (2.0 * e[:, None]), strict=True)
+        for t_i, ahead, behind, w in steps:
+            up, ups, up_t = pull(t + t_i, ahead, w)
+            down, downs, down_t = pull(t - t_i, behind, w)
+            lam += up - down
+            moved += up_t - down_t
+            change = tuple(map(np.subtract, ups, downs))
+            total = change if total is None else self.add(total, change)
+        return lam, add(theta, total, t, u), moved
 
     def shifted(self, J, c, M=None):
         A = J * -c
