@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .recompute import Recall
 from .records import Array, Scalar
 
 
@@ -26,8 +28,9 @@ class LedgerLoops:
         """`functions[i](*operands)`; all have results of one structure."""
         return functions[i](*operands)
 
-    def newest(self, log: Any) -> Any:
-        """The position behind the newest record of a log, where `rewind` starts."""
+    def newest(self, log: Any, extra: Any) -> Any:
+        """The position behind the newest record of a log, where `rewind` with this `extra` starts."""
+        del extra
         return len(log)
 
     def rewind(self, body: Callable, state: Any, log: Any, extra: Any, position: Any,
@@ -36,6 +39,8 @@ class LedgerLoops:
 
         Returns the state and the position reached.
         """
+        if isinstance(log, Recall):
+            return log.rewind(body, state, extra, position, more)
         while position > 0 and more(state, log[position - 1].t):
             position -= 1
             out = None if extra is None else extra[position]
@@ -72,6 +77,12 @@ class LedgerLoops:
     def moment(self, ledger: Any, i: Any) -> Scalar:
         """The time of entry `i` of a ledger of events; infinite behind the last."""
         return ledger[i].t if i < len(ledger) else math.inf
+
+    def happened(self, ledger: Any, t: Scalar) -> Any:
+        """The number of the entry of a ledger of events at this very time, or -1."""
+        sign = 1.0 if not ledger or ledger[0].t <= ledger[-1].t else -1.0
+        i = bisect.bisect_left(ledger, sign * t, key=lambda event: sign * event.t)
+        return i if i < len(ledger) and ledger[i].t == t else -1
 
     def within(self, times: Any, index: Any, t0: Scalar) -> Any:
         """Times of a ledger's entries; where there is room for more, `t0`."""

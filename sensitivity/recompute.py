@@ -78,21 +78,33 @@ class Nodes:
 class Recall:
     """The steps of a solve from the newest to the first, taken again where they were not kept.
 
-    `taken` counts them, and `iterations` those that solved their equations.
+    `taken` counts them, and `iterations` the evaluations of `f` in them that no formula knows. `crossing(t, u, k)` is
+    what the next step starts from where one ended at time t with state u and slope k, and how many evaluations of `f`
+    that takes; None where nothing happens between steps.
     """
 
-    def __init__(self, kept: Checkpoints, stepper: Stepper) -> None:
-        self.kept, self.stepper, self.taken, self.iterations = kept, stepper, 0, 0
+    def __init__(self, kept: Checkpoints, stepper: Stepper, crossing: Callable | None = None) -> None:
+        self.kept, self.stepper, self.crossing, self.taken, self.iterations = kept, stepper, crossing, 0, 0
+        self.steps: Iterator[tuple[int, Record]] | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def replay(self, body: Callable, state: Any, extra: Any) -> Any:
         """As `Loops.replay`."""
-        for n, record in self.backwards():
-            out = extra.at(n, record) if isinstance(extra, Pulled) else None if extra is None else extra[n]
-            state = body(state, record, out, n == len(self) - 1)
-        return state
+        return self.rewind(body, state, extra, len(self), lambda *_: True)[0]
+
+    def rewind(self, body: Callable, state: Any, extra: Any, position: int,
+               more: Callable[[Any, Scalar], Any]) -> tuple[Any, int]:
+        """As `Loops.rewind`; each call goes on where the last one ended."""
+        self.steps = self.steps or self.backwards()
+        while position > 0 and more(state, self.kept.t[position - 1]):
+            position, record = next(self.steps)
+            out = None
+            if extra is not None:
+                out = extra.at(position, record) if isinstance(extra, Pulled) else extra[position]
+            state = body(state, record, out, position == len(self) - 1)
+        return state, position
 
     def backwards(self) -> Iterator[tuple[int, Record]]:
         """`(number, record)` of each step, the newest first.
@@ -127,8 +139,11 @@ class Recall:
         """Step `n` from `u` with the carried slope `k`: what the next one starts from, and the step."""
         t, h = self.kept.t[n], self.kept.h[n]
         u1, K, iterations = take(t, h, u, k)
-        self.taken, self.iterations = self.taken + 1, self.iterations + iterations
-        return u1, self.stepper.carry(K), Record(t, h, u, K)
+        k1, crossed = self.stepper.carry(K), 0
+        if self.crossing is not None and n + 1 < len(self):
+            u1, k1, crossed = self.crossing(self.kept.t[n + 1], u1, k1)
+        self.taken, self.iterations = self.taken + 1, self.iterations + iterations + crossed
+        return u1, k1, Record(t, h, u, K)
 
     def forwards(self, u: Array) -> Iterator[Record]:
         """All steps from the first, which starts from `u`, to the newest."""
@@ -185,16 +200,17 @@ class Recomputing:
             sampler = be.sampler(stepper.interpolate, ts, u0, direction, capacity, stepper.restage)
         return Checkpoints(self, plan, stepper, sampler)
 
-    def recall(self, kept: Any, stepper: Stepper) -> Any:
-        """What `checkpoints` kept as a log for `replay`, `sample_vjp` and `nodes_vjp`, which takes steps again.
+    def recall(self, kept: Any, stepper: Stepper, crossing: Callable | None = None) -> Any:
+        """What `checkpoints` kept as a log for `replay`, `rewind`, `sample_vjp`, `nodes_vjp`, which takes steps again.
 
-        `stepper` takes steps as those that were recorded: see `integrate.controlled`.
+        `stepper` takes steps as those that were recorded: see `integrate.controlled`; `crossing` as in `Recall`.
         """
-        return Recall(kept, stepper)
+        return Recall(kept, stepper, crossing)
 
-    def recalled(self, log: Any, extra: Any) -> tuple[Any, Any, Any]:
+    def recalled(self, log: Any, extra: Any, position: Any = None) -> tuple[Any, Any, Any]:
         """What a `replay` of `recall`, or a `collect` of `retaking`, leaves: steps taken again, iterations in them, and
-        cotangents of the times of `sample_vjp`."""
+        cotangents of the times of `sample_vjp`. With `position`, what parts of it, by `rewind`, left there."""
+        del position
         return log.taken, log.iterations, extra.ts if isinstance(extra, Pulled) else None
 
     def remade(self, log: Any, u0: Array) -> Any:

@@ -167,6 +167,7 @@ SLOW_ON_JAX = (
     "over_a_limit_cycle",
     "ensembles_of_shadows",
     "implicit_gradient_is_that",
+    "event_gradient_is_that",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",
@@ -184,6 +185,7 @@ QUICK_ON_JAX = (
     "limit_cycle[jax-NILSAS]",
     "solve[jax-AdjointLSS]",
     "keeping_everything[jax-Kvaerno3-dae]",
+    "keeping_everything[jax-bounces]",
 )
 
 

@@ -330,12 +330,6 @@ def test_memory_too_little_for_one_step(lab):
         sa.gradient(problem(lab), sa.Tsit5(), loss=loss, sensealg=sa.RecursiveCheckpointAdjoint(memory="100B"))
 
 
-def test_events_do_not_go_with_a_budget(numpy_lab):
-    with pytest.raises(sa.UnsupportedCombination, match="events"):
-        sa.gradient(problem(numpy_lab), sa.Tsit5(), loss=loss, events=sa.Event(lambda t, u, p: u[0]),
-                    sensealg=sa.RecursiveCheckpointAdjoint(checkpoints=3))
-
-
 def test_hidden_steps_do_not_go_with_a_budget(numpy_lab):
     few = sa.RecursiveCheckpointAdjoint(checkpoints=3)
     with pytest.raises(sa.UnsupportedCombination, match=r"ScipySolver.*\n.*keeps them to itself"):

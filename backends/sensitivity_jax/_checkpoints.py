@@ -184,18 +184,44 @@ class Pulled:
         return total, tuple(state)
 
 
-class Recall:
-    """The steps of a solve from the newest to the first, taken again where they were not kept."""
+class Position(NamedTuple):
+    """A reverse pass on its way: step `due` is to be pulled back next, step `here` starts from `u` with slope `k`, the
+    state of step `target` is to be stored; slots, counts, and what `Pulled` remembers."""
 
-    def __init__(self, kept, stepper):
-        self.kept, self.stepper = kept, stepper
-        self.taken = self.iterations = self.ts_bar = None
+    due: Any
+    here: Any
+    u: Any
+    k: Any
+    target: Any
+    memory: Any
+    taken: Any
+    iterations: Any
+    output: Any
+
+
+class Recall:
+    """The steps of a solve from the newest to the first, taken again where they were not kept; see
+    `sensitivity.recompute.Recall`."""
+
+    def __init__(self, kept, stepper, crossing=None):
+        self.kept, self.stepper, self.crossing, self.end = kept, stepper, crossing, None
+
+    def start(self, extra):
+        """The position behind the newest step."""
+        kept, none = self.kept, jnp.int32(0)
+        last = kept.count - 1
+        return Position(last, last, kept.newest.u, self.stepper.entry(kept.newest), jnp.int32(-1),
+                        _Memory(kept.step, kept.u, kept.k), none, none,
+                        extra.start(kept.newest) if isinstance(extra, Pulled) else ())
 
     def replay(self, body, state, extra):
+        state, self.end = self.rewind(body, state, extra, self.start(extra), lambda *_: True)
+        return state
+
+    def rewind(self, body, state, extra, position, more):
+        """A part of `replay`, as `LedgerLoops.rewind`."""
         kept, stepper, last = self.kept, self.stepper, self.kept.count - 1
-        state = arrays(state)
         pulled = isinstance(extra, Pulled)
-        output = extra.start(kept.newest) if pulled else ()
 
         def back(i, record, state, output):
             out = None
@@ -203,32 +229,45 @@ class Recall:
                 out, output = extra.at(i, record, output)
             elif extra is not None:
                 out = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, False), extra)
-            return like(body(state, record, out, i == last), state), output
+            return like(arrays(body(state, record, out, i == last)), state), output
 
         def round_(carry):
-            due, here, u, k, target, memory, taken, iterations, state, output = carry
+            (due, here, u, k, target, memory, taken, iterations, output), state = carry
             t, h = kept.t[here], kept.h[here]
             known = u, kept.newest.k, jnp.int32(0)
-            u1, K, more = lax.cond(here == last, lambda: known, lambda: like(stepper.attempt(t, h, u, k), known))
+            u1, K, spent = lax.cond(here == last, lambda: known, lambda: like(stepper.attempt(t, h, u, k), known))
             turn = here == due
             state, output = lax.cond(turn, lambda: back(here, Record(t, h, u, K), state, output),
                                      lambda: (state, output))
             due = due - turn.astype(jnp.int32)
             taken = taken + (here != last).astype(jnp.int32)
             # A branch, as XLA copies all slots where it fuses reading one with what comes after writing another.
-            here, u, k = lax.cond(turn, lambda: memory.restored(due), lambda: (here + 1, u1, stepper.carry(K)))
+            here, u, k, crossed = lax.cond(turn, lambda: (*memory.restored(due), jnp.int32(0)),
+                                           lambda: self._onward(here + 1, u1, stepper.carry(K)))
             store = ~turn & (here == target)
             memory = memory.stored(store, due, here, u, k)
             target = jnp.where(turn | store, memory.target(turn | store, here, due), target)
-            return due, here, u, k, target, memory, taken, iterations + more, state, output
+            return Position(due, here, u, k, target, memory, taken, iterations + spent + crossed, output), state
 
-        k = stepper.entry(kept.newest)
-        memory = _Memory(kept.step, kept.u, kept.k)
-        carry = (last, last, kept.newest.u, k, jnp.int32(-1), memory, jnp.int32(0), jnp.int32(0), state, output)
-        *_, self.taken, self.iterations, state, output = lax.while_loop(lambda c: c[0] >= 0, round_, carry)
-        if pulled:
-            self.ts_bar = jnp.zeros_like(output[1]).at[extra.order].set(output[1])
-        return state
+        def on(carry):
+            position, state = carry
+            return (position.due >= 0) & more(state, kept.t[jnp.maximum(position.due, 0)])
+
+        position, state = lax.while_loop(on, round_, (position, arrays(state)))
+        return state, position
+
+    def _onward(self, n, u, k):
+        """What step `n` starts from where the one before ended with state `u` and slope `k`."""
+        if self.crossing is None:
+            return n, u, k, jnp.int32(0)
+        return n, *like(arrays(self.crossing(self.kept.t[n], u, k)), (u, k, jnp.int32(0)))
+
+    def left(self, extra, position):
+        """What `Recomputing.recalled` says."""
+        _, _, _, _, _, _, taken, iterations, output = position
+        if not isinstance(extra, Pulled):
+            return taken, iterations, None
+        return taken, iterations, jnp.zeros_like(output[1]).at[extra.order].set(output[1])
 
     def forwards(self, be, u0):
         """All steps in a log of their own."""
@@ -243,11 +282,12 @@ class Recall:
 
         def ahead(carry):
             i, u, k, states, stages = carry
-            u1, K = stepper.step(kept.t[i], kept.h[i], u, k)
+            u1, K, _ = stepper.attempt(kept.t[i], kept.h[i], u, k)
+            _, u1, k1, _ = self._onward(jnp.minimum(i + 1, capacity - 1), u1, stepper.carry(K))
             states = lax.dynamic_update_index_in_dim(states, u, i, 0)
             if room:
                 stages = lax.dynamic_update_index_in_dim(stages, K.astype(stages.dtype), i, 0)
-            return i + 1, *like((u1, stepper.carry(K)), (u, k)), states, stages
+            return i + 1, *like((u1, k1), (u, k)), states, stages
 
         *_, states, stages = lax.while_loop(lambda c: c[0] < kept.count, ahead, (jnp.int32(0), u0, k, *buffers))
         return Log(Record(kept.t, kept.h, states, stages), jnp.arange(capacity) < kept.count, kept.count,
@@ -306,11 +346,15 @@ class Recomputing:
         rows = Rows(stepper.interpolate, "steps" if saves == "steps" else ts, u0, direction)
         return Checkpoints(plan, stepper, rows, capacity)
 
-    def recall(self, kept, stepper):
-        return OpenLog(kept, stepper.restage) if isinstance(kept, Log) else Recall(kept, stepper)
+    def recall(self, kept, stepper, crossing=None):
+        return OpenLog(kept, stepper.restage) if isinstance(kept, Log) else Recall(kept, stepper, crossing)
 
-    def recalled(self, log, extra):
-        return (0, 0, None) if isinstance(log, OpenLog) else (log.taken, log.iterations, log.ts_bar)
+    def recalled(self, log, extra, position=None):
+        if isinstance(log, OpenLog):
+            return 0, 0, None
+        if isinstance(log, Recall):
+            return log.left(extra, log.end if position is None else position)
+        return log.taken, log.iterations, log.ts_bar
 
     def remade(self, log, u0):
         return log.log if isinstance(log, OpenLog) else log.forwards(self, u0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._checkpoints import Recall
 from ._typed import arrays, like
 
 
@@ -54,6 +55,10 @@ class LedgerLoops:
     def moment(self, ledger, i):
         return jnp.where(i < ledger.count, self.entry(ledger, i).t, jnp.inf)
 
+    def happened(self, ledger, t):
+        here = (ledger.entries.t == t) & (jnp.arange(ledger.entries.t.shape[0]) < ledger.count)
+        return jnp.where(jnp.any(here), jnp.argmax(here), -1).astype(jnp.int32)
+
     def within(self, times, index, t0):
         return jnp.where(index >= 0, times, t0)
 
@@ -81,10 +86,12 @@ class LedgerLoops:
 
         return lax.while_loop(lambda c: c[0] > 0, back, (ledger.count, state))[1]
 
-    def newest(self, log):
-        return log.log.count
+    def newest(self, log, extra):
+        return log.start(extra) if isinstance(log, Recall) else log.log.count
 
     def rewind(self, body, state, log, extra, position, more):
+        if isinstance(log, Recall):
+            return log.rewind(body, state, extra, position, more)
         opened, (log, _) = log, log
         state = arrays(state)
 

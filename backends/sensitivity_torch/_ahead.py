@@ -113,7 +113,7 @@ class _Sweep(TorchBackend):
     def add(self, a, b):
         return a
 
-    def recall(self, kept, stepper):
+    def recall(self, kept, stepper, crossing=None):
         run, x = self.original, self.x
         return run.be.recall(kept, run.stepper(run.field.bind(run.be, x.theta, x.constants)))
 

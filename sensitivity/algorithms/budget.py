@@ -10,6 +10,7 @@ from typing import Any
 from ..backend import Backend
 from ..checkpoint import Plan
 from ..errors import InputError
+from ..events import EventFunctions
 from ..integrate import Run, controlled
 from ..krylov import RESTART
 from ..rosenbrock import Rosenbrock
@@ -152,7 +153,25 @@ def opened(run: Run, solved: base.Solved) -> tuple[base.Solved, Any]:
     """As `base.opened`, for what `forward` left."""
     x, stepper = solved.x, base.bound(run, solved.x)
     again = controlled(run, stepper, x.rtol, x.atol)
-    return solved._replace(log=run.be.recall(solved.log, again)), stepper
+    crossing = Crossing(run, x, stepper, solved.end.watch.entries) if run.events else None
+    return solved._replace(log=run.be.recall(solved.log, again, crossing)), stepper
+
+
+class Crossing:
+    """What events do between steps, from what a solve wrote down of them; see `Recall`."""
+
+    def __init__(self, run: Run, x: Inputs, stepper: Any, entries: Any) -> None:
+        self.be, self.stepper, self.entries = run.be, stepper, entries
+        self.functions = EventFunctions(run, x)
+
+    def __call__(self, t: Any, u: Any, k: Any) -> tuple[Any, Any, Any]:
+        i = self.be.happened(self.entries, t)
+        return self.be.when(i >= 0, lambda: self._after(i), (u, k, 0))
+
+    def _after(self, i: Any) -> tuple[Any, Any, int]:
+        event = self.be.entry(self.entries, i)
+        u = self.functions.after(event.index, event.t, event.u)
+        return u, self.stepper.first(self.be.time(event.t), u), int(self.stepper.fsal)
 
 
 def repeated(run: Run, stepper: Any, taken: Any, iterations: Any) -> tuple[Any, tuple[Any, Any, Any]]:

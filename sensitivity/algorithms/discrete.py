@@ -42,9 +42,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         every accepted step.
     memory : str or int, optional
         A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else
-        states between blocks of steps, which take half of it. Not counted are 16 bytes for each step, the output and
-        the gradient itself. Of a delay equation, stretches of history are kept in place of states, see
-        `sensitivity.segments`.
+        states between blocks of steps, which take half of it. Not counted are 16 bytes for each step, the states
+        before events, the output and the gradient itself. Of a delay equation, stretches of history are kept in place
+        of states, see `sensitivity.segments`.
     spill : bool or path
         Put the states into a memory-mapped file, in this folder or in the system's own, which is deleted when nothing
         needs it any more; every step is then taken again once. For NumPy and PyTorch.
@@ -63,9 +63,9 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         `checkpoints` is no positive integer, `memory` no size or too little for one step, `spill` no folder, or
         several of them are given.
     UnsupportedCombination
-        A budget with `dense=True`, events or a method that hides its steps; `spill` on a backend that compiles its
-        loops. For a delay equation also `spill`, lags that depend on the state, and `checkpoints` on a backend that
-        compiles its loops.
+        A budget with `dense=True` or a method that hides its steps; `spill` on a backend that compiles its loops. For
+        a delay equation also `spill`, lags that depend on the state, and `checkpoints` on a backend that compiles its
+        loops.
 
     References: Hager 2000, Numer. Math. 87; Sanz-Serna 2016, SIAM Rev. 58, section 3.
     """
@@ -114,9 +114,6 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         if self.budgeted and not run.method.one_step:
             raise base.unsupported(f"{self.name} with a budget", f"{run.method.name}, which hides its steps",
                                    "GaussAdjoint(checkpoints=...)")
-        if run.events and self.budgeted:
-            raise base.unsupported(f"{self.name} with a budget", "events, which change the state between steps",
-                                   "RecursiveCheckpointAdjoint()")
         if run.dense and self.budgeted:
             raise base.unsupported(f"{self.name} with a budget", "dense=True, which keeps every step",
                                    "RecursiveCheckpointAdjoint(), or ask for the times with saveat=")
@@ -158,15 +155,15 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         silent = be.silent_end(extra)
         if run.events:
             solved = residuals._replace(log=log)
-            end_state, t1_bar, nvjp, status = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
+            end_state, t1_bar, nvjp, status, position = sweep(run, x, stepper, solved, pull, ct, extra, state, params)
             nvjp = nvjp + stepper.products(0, silent, x.u0.shape[0])
         else:
-            end_state = be.replay(back, state, log, extra)
+            end_state, position = be.replay(back, state, log, extra), None
             t1_bar, nvjp, status = end_state.h, stepper.products(end.accepted, silent, x.u0.shape[0]), end.status
         lam, kappa, theta, t0_bar, h_bar = end_state
         nfe, algebra = be.restaged(log) * stepper.stages if not self.budgeted else 0, (0, 0, 0)
         if self.budgeted:
-            taken, iterations, bars = be.recalled(log, extra)
+            taken, iterations, bars = be.recalled(log, extra, position)
             ts_bar = bars if ts_bar is None else ts_bar
             nfe, algebra = budget.repeated(run, stepper, taken, iterations)
         if moves is not None:

@@ -45,8 +45,8 @@ class Sweep(NamedTuple):
 
 
 def sweep(run: Run, x: Inputs, stepper: Stepper, solved: base.Solved, pull: Any, ct: base.Outputs, extra: Any,
-          adjoint: Adjoint, params: bool) -> tuple[Adjoint, Scalar, Any, Any]:
-    """The reverse sweep through all segments: `(adjoint at t0, cotangent of t1, products, status)`."""
+          adjoint: Adjoint, params: bool) -> tuple[Adjoint, Scalar, Any, Any, Any]:
+    """The reverse sweep through all segments: `(adjoint at t0, cotangent of t1, products, status, position)`."""
     be, log, watch = run.be, solved.log, solved.end.watch
     s = span(be, x.t0, x.t1)
     jump = _Jump(run, x, stepper, pull, params)
@@ -65,14 +65,14 @@ def sweep(run: Run, x: Inputs, stepper: Stepper, solved: base.Solved, pull: Any,
         status = be.choose(state.status != 0, state.status, status)
         return Sweep(left, position, t1, state.products + products, status)
 
-    start = Sweep(adjoint, be.newest(log), 0.0, 0, ambiguous(run, x, watch.entries))
+    start = Sweep(adjoint, be.newest(log, extra), 0.0, 0, ambiguous(run, x, watch.entries))
     state = be.unwind(over, start, watch.entries, (ct.event_t, ct.event_u))
-    first, _ = be.rewind(back, state.adjoint, log, extra, state.position, lambda *_: True)
+    first, position = be.rewind(back, state.adjoint, log, extra, state.position, lambda *_: True)
     none = watch.count == 0
     t1 = be.choose(none, first.h, state.t1)
     n = x.u0.shape[0]
     products = state.products + stepper.products(solved.end.accepted, 1, n) - stepper.products(0, 1, n)
-    return first._replace(h=be.choose(none, first.h, 0.0)), t1, products, state.status
+    return first._replace(h=be.choose(none, first.h, 0.0)), t1, products, state.status, position
 
 
 def ambiguous(run: Run, x: Inputs, entries: Any) -> Any:
