@@ -40,6 +40,10 @@ class Explicit(Stepper):
     def step(self, t: Scalar, h: Scalar, u: Array, k: Array | None) -> tuple[Array, Array]:
         return step(self.be, self.tab, self.rhs, t, h, u, k)
 
+    def restage(self, record: Record) -> Array:
+        t, h, u, _ = record
+        return self.step(t, h, u, None)[1]  # the first stage among the others: one place less that holds `f`
+
     def error(self, t: Scalar, h: Scalar, u: Array, K: Array) -> Array:
         return self.be.combine(None, h, self.tab.error, K)
 

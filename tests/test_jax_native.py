@@ -1,5 +1,7 @@
 """Small loops as one native function on JAX: the numbers of ordinary loops, and only where that is known to work."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from sensitivity_jax import _native  # noqa: E402
 pytestmark = pytest.mark.usefixtures("jax_double")
 
 ATTRIBUTE = "xla_cpu_small_call"
+LOOPS = 4  # over the steps and over the save times, forward and reverse
 FIELDS = {
     "powers": lambda t, u, p: (-p * jnp.sqrt(u) * u**1.3 + u**3 - u**-2 + jnp.cbrt(u) - u ** u[::-1]
                                + jnp.exp(-u) * jnp.log(u + t) + jnp.expm1(-u) - jnp.log1p(u) - jnp.exp2(-u) * u**2),
@@ -61,7 +64,7 @@ def test_known_operations(name, monkeypatch):
     f = FIELDS[name]
     call, args = gradient(f)
     native, loops = compiled(call, *args)
-    assert loops == 2
+    assert loops == LOOPS
     monkeypatch.setattr(_native, "TESTED", False)
     call, args = gradient(renewed(f))
     plain, loops = compiled(call, *args)
@@ -69,11 +72,82 @@ def test_known_operations(name, monkeypatch):
     np.testing.assert_allclose(native, plain, rtol=1e-12)
 
 
+ACTIVATIONS = jnp.tanh, jax.nn.relu, jax.nn.softplus, jax.nn.silu, jax.nn.gelu, jax.nn.softmax
+
+
+def network(t, u, p):
+    *hidden, last = p
+    for activation, (w, b) in zip(ACTIVATIONS, hidden, strict=True):
+        u = activation(u @ w + b)
+    return u @ last[0] + last[1]
+
+
+@here
+@pytest.mark.parametrize("shape", [(3,), (1, 3)], ids=["vector", "row"])
+def test_networks(shape, monkeypatch):
+    rng = np.random.default_rng(0)
+    sizes = (3, 70, 50, 5, 5, 5, 5, 3)
+    p = [(jnp.asarray(rng.normal(size=(n, m)) / n**0.5), jnp.asarray(rng.normal(size=m)))
+         for n, m in pairwise(sizes)]
+    u0 = jnp.asarray(rng.normal(size=shape))
+    assert p[1][0].size > _native.SUMS
+
+    def loss(p, u0, f=network):
+        return jnp.sum(sa.solve(sa.ODEProblem(f, u0, (0.0, 0.5), p), sa.Tsit5(), rtol=1e-4, atol=1e-4,
+                                saveat=[0.1, 0.25], sensealg=sa.RecursiveCheckpointAdjoint()).u ** 2)
+
+    native, loops = compiled(jax.grad(loss, (0, 1)), p, u0)
+    assert loops == LOOPS
+    monkeypatch.setattr(_native, "TESTED", False)
+    plain, loops = compiled(jax.grad(lambda p, u0: loss(p, u0, renewed(network)), (0, 1)), p, u0)
+    assert loops == 0
+    np.testing.assert_allclose(native, plain, rtol=1e-11, atol=1e-12)
+
+
+@here
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_matrices(dtype):
+    n = int(_native.NUMBERS**0.5)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)) / n, dtype)
+
+    def sweep(w):
+        def step(_, carry):
+            w, u = carry
+            return w + 0.1 * jnp.outer(u, jnp.tanh(u @ w)) + w.T, jnp.tanh(w @ u)
+
+        return jax.lax.fori_loop(0, 3, step, (w, w[0]))
+
+    native, loops = compiled(lambda w: _native.native(lambda: sweep(w)), w)
+    assert loops == 1
+    plain, loops = compiled(sweep, w)
+    assert loops == 0
+    np.testing.assert_allclose(native, plain, rtol=1e-4 if dtype == "float32" else 1e-11, atol=1e-9)
+
+
+@here
+def test_networks_in_lanes_and_second_derivatives():
+    rng = np.random.default_rng(0)
+    w, u0 = jnp.asarray(rng.normal(size=(50, 50)) / 7.0), jnp.asarray(rng.normal(size=50))
+
+    def loss(a):
+        prob = sa.ODEProblem(lambda t, u, a: a * jnp.tanh(u @ w), u0, (0.0, 1.0), a)
+        return jnp.sum(sa.solve(prob, sa.Heun(), dt=0.1, controller=sa.FixedStep(), saveat=[0.35, 1.0],
+                                sensealg=sa.RecursiveCheckpointAdjoint()).u ** 2)
+
+    slope = jax.jit(jax.grad(loss))
+    points = jnp.array([0.4, 0.9])
+    assert slope.lower(points[0]).as_text().count(ATTRIBUTE) == LOOPS
+    np.testing.assert_allclose(jax.vmap(slope)(points), [slope(a) for a in points], rtol=1e-12)
+    h = 1e-5
+    centred = (slope(points[0] + h) - slope(points[0] - h)) / (2 * h)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(slope))(points[0]), centred, rtol=1e-8)
+
+
 @here
 def test_single_precision(monkeypatch):
     call, args = gradient(FIELDS["powers"], jnp.float32)
     native, loops = compiled(call, *args)
-    assert loops == 2
+    assert loops == LOOPS
     monkeypatch.setattr(_native, "TESTED", False)
     plain, _ = compiled(gradient(renewed(FIELDS["powers"]), jnp.float32)[0], *args)
     np.testing.assert_allclose(native, plain, rtol=1e-5)  # a few units in the last place, over 20 steps
@@ -91,7 +165,7 @@ def test_what_a_field_does_not_use():
 
 
 OTHERS = {
-    "matrix": lambda t, u, p: -p * jnp.ones((3, 3)) @ u,
+    "matrix": lambda t, u, p: -p * jnp.mean(jnp.ones((2, 3)) * u @ jnp.ones((3, 3)), 0),
     "scatter": lambda t, u, p: -p * u[jnp.array([1, 2, 0])],
     "solve": lambda t, u, p: -p * jnp.linalg.solve(jnp.eye(3) + 0.1, u),
     "callback": lambda t, u, p: -p * u + 0.0 * jax.lax.stop_gradient(
@@ -106,10 +180,21 @@ def test_other_operations_stay_in_ordinary_loops(name):
 
 
 def test_many_numbers_stay_in_ordinary_loops():
-    few = jax.make_jaxpr(lambda u: jnp.sum(u * u))(jnp.ones(_native.NUMBERS))
-    many = jax.make_jaxpr(lambda u: jnp.sum(u * u))(jnp.ones(_native.NUMBERS + 1))
-    assert _native.known(few.jaxpr)
-    assert not _native.known(many.jaxpr)
+    for f, most in ((lambda u: jnp.sum(u), _native.SUMS), (lambda u: u * u, _native.NUMBERS)):
+        assert _native.known(jax.make_jaxpr(f)(jnp.ones(most)).jaxpr)
+        assert not _native.known(jax.make_jaxpr(f)(jnp.ones(most + 1)).jaxpr)
+
+
+def test_products_of_matrices_stay_in_ordinary_loops():
+    def known(f, *shapes):
+        return _native.known(jax.make_jaxpr(f)(*(jnp.ones(s) for s in shapes)).jaxpr)
+
+    assert known(jnp.matmul, (3,), (3, 4))
+    assert known(jnp.matmul, (1, 3), (3, 4))
+    assert known(jnp.matmul, (3, 4), (4, 1))
+    assert not known(jnp.matmul, (2, 3), (3, 4))
+    assert not known(jnp.matmul, (2, 1, 1), (2, 1, 4))
+    assert not _native.known(jax.make_jaxpr(jnp.dot)(jnp.ones(3, int), jnp.ones((3, 4), int)).jaxpr)
 
 
 def test_lanes_and_second_derivatives():

@@ -21,8 +21,9 @@ from ._fields import hoisted
 from ._lanes import in_lanes
 from ._lookback import JaxLookback
 from ._loops import JaxLoops
-from ._matrices import Summed, WrittenOut, light
-from ._native import native
+from ._matrices import Rowwise, Summed, WrittenOut, light
+from ._native import native, possible
+from ._onebyone import OneByOne
 from ._products import by_rows
 
 
@@ -211,9 +212,10 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
 
     def suited(self, rhs, t, u):
         closed = jax.make_jaxpr(rhs)(t, u)
-        if not light(closed.jaxpr):
-            return self
-        return _in_lanes if any(map(in_lanes, (t, u, *closed.consts))) else _alone
+        lanes = any(map(in_lanes, (t, u, *closed.consts)))
+        if light(closed.jaxpr):
+            return _in_lanes if lanes else _alone
+        return _network if not lanes and possible(closed.jaxpr, u.size) else self
 
     def differentiable(self):
         if self._through is None:
@@ -316,11 +318,19 @@ class _Through(BoundedLoops, JaxBackend):
     """The backend with loops of known length."""
 
 
-class _Alone(Summed, JaxBackend):
-    """The backend for one solve of a light vector field."""
+class _Native(OneByOne, JaxBackend):
+    """The backend for one solve whose loops may be one function."""
 
     def _while(self, cond, body, start):
         return native(lambda: lax.while_loop(cond, body, start()))
+
+
+class _Alone(Summed, _Native):
+    """The same for a light vector field."""
+
+
+class _Network(Rowwise, _Native):
+    """The same for products of matrices with vectors."""
 
 
 class _InLanes(WrittenOut, JaxBackend):
@@ -329,5 +339,5 @@ class _InLanes(WrittenOut, JaxBackend):
     keeps_stages = False
 
 
-_alone, _in_lanes = _Alone(), _InLanes()
+_alone, _network, _in_lanes = _Alone(), _Network(), _InLanes()
 _register_results()

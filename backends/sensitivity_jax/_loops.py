@@ -258,9 +258,11 @@ class JaxLoops(LedgerLoops, Recomputing, Matrices):
 
         rows, ts_bar = jax.vmap(one)(records, ts, ct)
         rows = jax.tree.map(lambda x: jnp.where(log.count > 0, x, jnp.zeros_like(x)), rows)
-        if ts.shape[0] <= MASKED_SAVES:
-            return Rows(slots, rows), ts_bar
-        return scattered(Rows(slots, rows), log.keep.shape[0]), ts_bar
+        return self._placed(Rows(slots, rows), opened), ts_bar
+
+    def _placed(self, rows, log):
+        """Contributions to steps as `replay` takes them."""
+        return rows if rows.slot.shape[0] <= MASKED_SAVES else scattered(rows, log.log.keep.shape[0])
 
     def nodes(self, log, end, t_end):
         log = log.log

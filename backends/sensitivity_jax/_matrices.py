@@ -2,7 +2,8 @@
 
 A compiled loop over the stages traces the vector field once, and compiles fast. Where the field is a few elementwise
 operations, what happens between two evaluations costs as much. A solve alone then sums in a loop of its own rather than
-call a matrix product. Under `vmap` a product with a small matrix becomes transposed copies, so that stages are written
+call a matrix product, and a network at one state has products with vectors only, which one native function may hold.
+Under `vmap` a product with a small matrix becomes transposed copies, so that stages are written
 out there; their transposes are not, because XLA would compute what they share again for each.
 """
 
@@ -23,10 +24,7 @@ class Matrices(Loops):
         start = 0 if first is None else 1
         if s - start <= 2:
             return super().recursion(a, base, scale, xs, row, carry, first)
-        square = np.zeros((s, s))
-        for i, r in enumerate(a):
-            square[i, : len(r)] = r
-        square = jnp.asarray(square, base.dtype)
+        square = jnp.asarray(_square(a), base.dtype)
         xs = jax.tree.map(lambda x: x, tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in xs))
         rows = jnp.zeros((s, n), base.dtype)
         if first is not None:
@@ -49,10 +47,7 @@ class Matrices(Loops):
     def inputs(self, a, base, scale, rows):
         if len(a) == 1 and not any(a[0]):
             return base[None, :]
-        square = np.zeros((len(a), len(a)))
-        for i, r in enumerate(a):
-            square[i, : len(r)] = r
-        out = self._weighted(jnp.asarray(square, rows.dtype), rows)
+        out = self._weighted(jnp.asarray(_square(a), rows.dtype), rows)
         return base + jnp.asarray(scale, rows.dtype) * out
 
     @staticmethod
@@ -81,6 +76,13 @@ class Matrices(Loops):
         for c in columns[-2::-1]:
             out = out * x + c
         return out
+
+
+def _square(a):
+    square = np.zeros((len(a), len(a)))
+    for i, row in enumerate(a):
+        square[i, : len(row)] = row
+    return square
 
 
 def _reordered(rows, order):
@@ -116,6 +118,14 @@ class Summed(Matrices):
     @staticmethod
     def _weighted(weights, rows):
         return jnp.sum(weights[..., None] * rows, axis=-2)
+
+
+class Rowwise(Matrices):
+    """Recursions whose products have a vector for a factor."""
+
+    def inputs(self, a, base, scale, rows):
+        return lax.map(lambda w: base + jnp.asarray(scale, rows.dtype) * self._weighted(w, rows),
+                       jnp.asarray(_square(a), rows.dtype))
 
 
 class WrittenOut(Matrices):

@@ -3,8 +3,9 @@
 XLA runs a loop on a CPU kernel by kernel, and for a small system it takes longer to call the kernels than to do what
 they do. A call with the attribute `xla_cpu_small_call` is compiled to one function instead. XLA does not check what it
 can compile so, and may even abort; hence only loops of operations that our tests have compiled, on as few numbers, and
-only with the versions of XLA that they ran with. Every other loop is an ordinary one: in lanes, on other devices, and
-where it is differentiated.
+only with the versions of XLA that they ran with. Products with a vector are among them, as in a network at one state;
+products of matrices are not, because XLA leaves those to a library. Every other loop is an ordinary one: in lanes, on
+other devices, and where it is differentiated.
 """
 
 import platform
@@ -21,15 +22,16 @@ from jaxlib.mlir import ir
 
 TESTED = jaxlib.version.__version__ in ("0.10.2",) and platform.machine() in ("x86_64", "AMD64")
 ONE_FUNCTION = {"xla_cpu_small_call": "true", "inlineable": "false"}
-NUMBERS = 2048  # XLA gives larger sums to a library, which such a function cannot call
-ARITHMETIC = frozenset(
+SUMS = 2048  # XLA gives larger sums to a library, which such a function cannot call
+NUMBERS = 2**16  # for more it matters little what a call of a kernel takes
+ELEMENTS = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp concatenate convert_element_type copy
-    cos cosh cumsum div eq erf erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le le_to log log1p logistic lt
-    lt_to max min mul ne neg not or pad pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem
-    reshape rev round rsqrt select_n sign sin sinh split sqrt square squeeze stack stop_gradient sub tan tanh transpose
-    unstack xor""".split())
-AROUND = frozenset("""broadcast_in_dim cond custom_vmap_call dynamic_slice dynamic_update_slice jit scan slice
-    while""".split())
+    cos cosh div eq erf erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le le_to log log1p logistic lt lt_to
+    max min mul ne neg not or pad pow rem reshape rev round rsqrt select_n sign sin sinh split sqrt square squeeze stack
+    stop_gradient sub tan tanh transpose unstack xor""".split())
+TOTALS = frozenset("cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
+AROUND = frozenset("""broadcast_in_dim cond custom_jvp_call custom_vjp_call custom_vmap_call dynamic_slice
+    dynamic_update_slice jit optimization_barrier scan slice while""".split())
 
 native_p = Primitive("sensitivity_native")
 native_p.multiple_results = True
@@ -51,6 +53,11 @@ def native(loop):
     return jax.tree.unflatten(jax.tree.structure(shape), native_p.bind(*args, jaxpr=jax.make_jaxpr(call)(*args)))
 
 
+def possible(field, size):
+    """Whether loops around this vector field, with states of this size, will be one function here."""
+    return TESTED and jax.default_backend() == "cpu" and size <= SUMS and known(field)
+
+
 def known(jaxpr):
     """Whether there is nothing but known operations on few numbers."""
     return all(_known(eqn) for eqn in jaxpr.eqns)
@@ -61,9 +68,17 @@ def _known(eqn):
     if name in AROUND:
         inner = jax.tree.leaves(eqn.params, is_leaf=lambda p: isinstance(p, ClosedJaxpr))
         return all(known(p.jaxpr) for p in inner if isinstance(p, ClosedJaxpr))
-    sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
-    vectors = name == "dot_general" and min(v.aval.ndim for v in eqn.invars) == 1
-    return (name in ARITHMETIC or vectors) and max(sizes) <= NUMBERS
+    numbers = max(v.aval.size for v in (*eqn.invars, *eqn.outvars))
+    if name in TOTALS:
+        return numbers <= SUMS
+    return numbers <= NUMBERS and (name in ELEMENTS or _by_vector(eqn))
+
+
+def _by_vector(eqn):
+    """Whether this is a product with a vector, which needs no library."""
+    return (eqn.primitive.name == "dot_general" and not any(eqn.params["dimension_numbers"][1])
+            and any(max(v.aval.shape, default=1) == v.aval.size for v in eqn.invars)
+            and all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars))
 
 
 def _plain(*args, jaxpr):
