@@ -3,8 +3,8 @@
 A compiled loop over the stages traces the vector field once, and compiles fast. Where the field is a few elementwise
 operations, what happens between two evaluations costs as much. A solve alone then sums in a loop of its own rather than
 call a matrix product, and a network at one state has products with vectors only, which one native function may hold.
-Under `vmap` a product with a small matrix becomes transposed copies, so that stages are written
-out there; their transposes are not, because XLA would compute what they share again for each.
+Under `vmap` a product with a small matrix becomes transposed copies, so that stages are written out there; their
+transposes are not, because XLA would compute what they share again for each.
 """
 
 import jax
