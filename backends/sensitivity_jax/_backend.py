@@ -15,6 +15,7 @@ from sensitivity.backend import Backend
 from sensitivity.errors import UnsupportedCombination, undefined
 from sensitivity.solution import Gradient, Solution, Stats
 
+from . import _bands
 from ._attach import attached, looked, plain, task
 from ._bounded import BoundedLoops
 from ._fields import hoisted
@@ -147,6 +148,11 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def factorize(self, A):
         factors = jax.scipy.linalg.lu_factor(A)
         return lambda b, transposed=False: jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
+
+    def factorize_banded(self, bands, lower, upper):
+        if max(lower, upper) > _bands.WIDEST:
+            return super().factorize_banded(bands, lower, upper)
+        return _bands.factorize(bands, lower, upper)
 
     def members(self, one, rows):
         return jax.vmap(lambda rows: one(None, rows))(rows)

@@ -117,7 +117,7 @@ class Summed(Matrices):
 
     @staticmethod
     def _weighted(weights, rows):
-        return jnp.sum(weights[..., None] * rows, axis=-2)
+        return sum(weights[..., j, None] * rows[j] for j in range(rows.shape[0]))
 
 
 class Rowwise(Matrices):
