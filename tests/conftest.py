@@ -149,6 +149,7 @@ SLOW_ON_JAX = (
     "test_constraints_with_a_band",
     "test_a_pattern_that_is_no_band",
     "test_a_band_",
+    "test_band_solvers[jax-",
     "test_the_model",
     "without_a_matrix",
     "test_ones_own",

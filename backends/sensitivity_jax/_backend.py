@@ -150,9 +150,9 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
         return lambda b, transposed=False: jax.scipy.linalg.lu_solve(factors, b.T, trans=int(transposed)).T
 
     def factorize_banded(self, bands, lower, upper):
-        if max(lower, upper) > _bands.WIDEST:
-            return super().factorize_banded(bands, lower, upper)
-        return _bands.factorize(bands, lower, upper)
+        if _bands.suited(bands.shape[1], lower, upper):
+            return _bands.factorize(bands, lower, upper)
+        return super().factorize_banded(bands, lower, upper)
 
     def members(self, one, rows):
         return jax.vmap(lambda rows: one(None, rows))(rows)

@@ -1,8 +1,8 @@
 """Narrow bands in array operations alone, all block rows at once: parallel cyclic reduction.
 
 A band with at most m diagonals on either side is block tridiagonal, `A_i x_{i-1} + D_i x_i + C_i x_{i+1} = b_i`, with
-blocks of m rows. One level takes the neighbours' equations, times `F_i = A_i D_{i-s}^{-1}` and `G_i = C_i D_{i+s}^{-1}`,
-from each equation, which then reaches twice as far, `2 s` (Hockney, Jesshope 1981, Parallel Computers, section 5.4.3):
+blocks of m rows. One level subtracts the equations at distance s, times `F_i = A_i D_{i-s}^{-1}`, `G_i = C_i
+D_{i+s}^{-1}`, from each, which then reaches to `2 s` (Hockney, Jesshope 1981, Parallel Computers, section 5.4.3):
 
     A_i <- -F_i A_{i-s},   D_i <- D_i - F_i C_{i-s} - G_i A_{i+s},   C_i <- -G_i C_{i+s},
     b_i <- b_i - F_i b_{i-s} - G_i b_{i+s}.
@@ -14,6 +14,7 @@ system whose answer is known is solved beside: until its residual is round-off, 
 (Golub, Van Loan 2013, section 4.3.3).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,36 +24,44 @@ from jax import lax
 
 from ._lanes import any_lane
 
-WIDEST = 4
+WIDEST, MOST = 3, 512  # diagonals on one side, and blocks, up to which all this is less work than inverses of blocks
 SWEEPS = 4  # of refinement at most
 ROUNDING = 32.0  # residuals in machine epsilons
 
 
+def suited(n, lower, upper):
+    """Whether a band of this size is small enough."""
+    return max(lower, upper) <= WIDEST and n <= MOST * max(lower, upper, 1)
+
+
 def factorize(bands, lower, upper):
-    """`solve(b, transposed=False)` as `Backend.factorize_banded`."""
+    """`solve(b, transposed=False)` as `Backend.factorize_banded`, differentiable as the solution of a system."""
     n = bands.shape[1]
-    system = _blocks(bands, lower, upper)
-    reduced = _reduce(system)
-    sweeps, fails = _probed(system, reduced)
+    system, bands = _blocks(bands, lower, upper), lax.stop_gradient(bands)
+    still = lax.stop_gradient(system)
+    reduced = _reduce(still)
+    sweeps, fails = _probed(still, reduced)
     fails = any_lane(fails)
     pivoted = lax.cond(fails, lambda bands: _eliminate(bands, lower, upper),
                        lambda bands: _unused(bands, lower, upper), bands)
 
-    def one(b, transposed):
-        def refined(b):
-            blocked = _rows(b, system.D)
-            x = _solved(reduced, system, blocked, sweeps, transposed)
-            return x.T.reshape(-1)[:n]
+    def product(x, transposed):
+        return _flat(_product(system, _rows(x, system.D), transposed), n)
 
-        return lax.cond(fails, lambda b: _substitute(pivoted, b, transposed), refined, b)
+    def answer(b, transposed):
+        return lax.cond(fails, lambda b: _substitute(pivoted, b, transposed),
+                        lambda b: _flat(_refined(reduced, still, _rows(b, still.D), sweeps, transposed), n), b)
 
     def solve(b, transposed=False):
-        return one(b, transposed) if b.ndim == 1 else jax.vmap(lambda b: one(b, transposed))(b)
+        if b.ndim == 2:
+            return jax.vmap(partial(solve, transposed=transposed))(b)
+        return lax.custom_linear_solve(partial(product, transposed=transposed), b, lambda _, b: answer(b, transposed),
+                                       lambda _, b: answer(b, not transposed))
 
     return solve
 
 
-# -- parallel cyclic reduction ------------------------------------------------------------------------------------------
+# -- parallel cyclic reduction ----------------------------------------------------------------------------------------
 
 
 class Blocks(NamedTuple):
@@ -71,10 +80,13 @@ class Reduced(NamedTuple):
     inverse: Any
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _blocks(bands, lower, upper):
     """The block rows of a band; those after the last row are the identity's."""
     m, n = max(lower, upper, 1), bands.shape[1]
     count = -(-n // m)
+    rows = np.arange(-upper, lower + 1)[:, None] + np.arange(n)
+    bands = jnp.where((rows >= 0) & (rows < n), bands, np.zeros((), bands.dtype))
     rest = np.zeros((lower + upper + 1, count * m - n), bands.dtype)
     rest[upper] = 1.0
     columns = jnp.swapaxes(jnp.concatenate([bands, jnp.asarray(rest)], axis=1).reshape(-1, count, m), 1, 2)
@@ -82,9 +94,9 @@ def _blocks(bands, lower, upper):
 
     def block(distance):
         """Entries `distance` blocks right of the diagonal, in the places of their columns."""
-        rows = [[upper + r - c - distance * m for c in range(m)] for r in range(m)]
+        places = [[upper + r - c - distance * m for c in range(m)] for r in range(m)]
         return jnp.stack([jnp.stack([columns[d, c] if 0 <= d <= lower + upper else zero for c, d in enumerate(row)])
-                          for row in rows])
+                          for row in places])
 
     return Blocks(_shift(block(-1), 1)[0], block(0), _shift(block(1), 1)[1])
 
@@ -93,6 +105,11 @@ def _rows(b, like):
     """A vector as `(m, count)`."""
     m, _, count = like.shape
     return jnp.concatenate([b, jnp.zeros((m * count - b.shape[0],), b.dtype)]).reshape(count, m).T
+
+
+def _flat(x, n):
+    """`_rows` undone."""
+    return x.T.reshape(-1)[:n]
 
 
 def _shift(x, s):
@@ -131,6 +148,7 @@ def _distances(count):
     return np.array([2**k for k in range((count - 1).bit_length())], np.int32)
 
 
+@jax.jit
 def _reduce(system):
     def level(system, s):
         A, D, C = system
@@ -163,6 +181,7 @@ def _direct(reduced, b, transposed):
     return lax.scan(back, _apply(inverse, b, True), (distances, F, G), reverse=True)[0]
 
 
+@partial(jax.jit, static_argnums=2)
 def _product(system, x, transposed):
     A, D, C = system
     if not transposed:
@@ -172,16 +191,17 @@ def _product(system, x, transposed):
     return _apply(D, x, True) + before[0] + after[1]
 
 
-def _solved(reduced, system, b, sweeps, transposed=False):
+@partial(jax.jit, static_argnums=4)
+def _refined(reduced, system, b, sweeps, transposed):
     def sweep(_, x):
         return x + _direct(reduced, b - _product(system, x, transposed), transposed)
 
     return lax.fori_loop(0, sweeps, sweep, _direct(reduced, b, transposed))
 
 
+@jax.jit
 def _probed(system, reduced):
     """How many refinements the answer to a known system needs, and whether they fail."""
-    system, reduced = lax.stop_gradient((system, reduced))
     m, _, count = system.D.shape
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (m, count))
     b = _product(system, jnp.asarray(signs, system.D.dtype), False)
@@ -202,7 +222,7 @@ def _probed(system, reduced):
     return k, ~good
 
 
-# -- partial pivoting ---------------------------------------------------------------------------------------------------
+# -- partial pivoting -------------------------------------------------------------------------------------------------
 
 
 class Pivoted(NamedTuple):
@@ -218,6 +238,7 @@ def _unused(bands, lower, upper):
     return Pivoted(jnp.zeros((n,), jnp.int32), jnp.zeros((n, lower), dtype), jnp.zeros((n, lower + upper + 1), dtype))
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _eliminate(bands, lower, upper):
     n, width = bands.shape[1], lower + upper + 1
     # Row i from column i - l on: one diagonal for each entry.
@@ -244,6 +265,7 @@ def _exchange(rows, place):
     return lax.dynamic_update_index_in_dim(lax.dynamic_update_index_in_dim(rows, first, place, 0), other, 0, 0)
 
 
+@partial(jax.jit, static_argnums=2)
 def _substitute(pivoted, b, transposed):
     n, lower = pivoted.factors.shape
     reach = pivoted.U.shape[1] - 1

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr
 
 from sensitivity.backend import Loops
 
+from ._native import NUMBERS
 from ._typed import arrays, like
 
 
@@ -113,11 +114,13 @@ def _operations(jaxpr):
 
 
 class Summed(Matrices):
-    """Recursions without matrix products."""
+    """Recursions without matrix products; sums that native functions cannot make are written out."""
 
     @staticmethod
     def _weighted(weights, rows):
-        return sum(weights[..., j, None] * rows[j] for j in range(rows.shape[0]))
+        if weights.size * rows.shape[1] > NUMBERS:
+            return sum(weights[..., j, None] * row for j, row in enumerate(rows))
+        return jnp.sum(weights[..., None] * rows, axis=-2)
 
 
 class Rowwise(Matrices):

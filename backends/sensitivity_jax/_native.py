@@ -30,8 +30,8 @@ ELEMENTS = frozenset(
     max min mul ne neg not or pad pow rem reshape rev round rsqrt select_n sign sin sinh split sqrt square squeeze stack
     stop_gradient sub tan tanh transpose unstack xor""".split())
 TOTALS = frozenset("cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
-AROUND = frozenset("""broadcast_in_dim cond custom_jvp_call custom_vjp_call custom_vmap_call dynamic_slice
-    dynamic_update_slice jit optimization_barrier scan slice while""".split())
+AROUND = frozenset("""broadcast_in_dim cond custom_jvp_call custom_linear_solve custom_vjp_call custom_vmap_call
+    dynamic_slice dynamic_update_slice jit optimization_barrier scan slice while""".split())
 
 native_p = Primitive("sensitivity_native")
 native_p.multiple_results = True
@@ -69,7 +69,7 @@ def _known(eqn):
         inner = jax.tree.leaves(eqn.params, is_leaf=lambda p: isinstance(p, ClosedJaxpr))
         return all(known(p.jaxpr) for p in inner if isinstance(p, ClosedJaxpr))
     numbers = max(v.aval.size for v in (*eqn.invars, *eqn.outvars))
-    if name in TOTALS:
+    if name in TOTALS or _from_vector(eqn):
         return numbers <= SUMS
     return numbers <= NUMBERS and (name in ELEMENTS or _by_vector(eqn))
 
@@ -79,6 +79,11 @@ def _by_vector(eqn):
     return (eqn.primitive.name == "dot_general" and not any(eqn.params["dimension_numbers"][1])
             and any(max(v.aval.shape, default=1) == v.aval.size for v in eqn.invars)
             and all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars))
+
+
+def _from_vector(eqn):
+    """Whether this gathers entries of a vector."""
+    return eqn.primitive.name == "gather" and eqn.invars[0].aval.ndim == 1
 
 
 def _plain(*args, jaxpr):
