@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr
 
 from sensitivity.backend import Loops
 
-from ._native import NUMBERS
+from ._native import SUMS
 from ._typed import arrays, like
 
 
@@ -118,7 +118,7 @@ class Summed(Matrices):
 
     @staticmethod
     def _weighted(weights, rows):
-        if weights.size * rows.shape[1] > NUMBERS:
+        if weights.size * rows.shape[1] > SUMS:
             return sum(weights[..., j, None] * row for j, row in enumerate(rows))
         return jnp.sum(weights[..., None] * rows, axis=-2)
 
