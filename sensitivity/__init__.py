@@ -47,6 +47,7 @@ from .errors import (
 )
 from .events import Event, PresetTimes
 from .gradient import adjoint_sensitivities, gradient
+from .linearsolver import Krylov
 from .methods import (
     BS3,
     EES25,
@@ -164,6 +165,7 @@ __all__ = [
     "IndexTooHigh",
     "InputError",
     "InterpolatingAdjoint",
+    "Krylov",
     "Kvaerno3",
     "Kvaerno5",
     "Method",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .backend import Array
 from .errors import UnsupportedCombination
+from .linearsolver import Krylov, wants_products
 from .matrices import Entries, Operator, dense, entries_of, is_sparse, scattered
 from .sparsity import Pattern, by_columns
 
@@ -73,7 +74,7 @@ def of_field(run: Any, x: Any) -> Jacobian | None:
     known = given(own, x)
     pattern = run.sparsity if run.sparsity is not None and run.sparsity.size == field.u.size else None
     choice = getattr(run.method, "linear_solver", None)
-    if run.vjp is not None and (choice == "krylov" or (choice is None and _large(run, known, pattern))):
+    if run.vjp is not None and (wants_products(choice) or (choice is None and _large(run, known, pattern))):
         return matrix_free(run, x)
     found = made = _matrices(own, x, known, pattern, run.mass or mass)
     costly = pattern is not None and pattern.structure(be) == "sparse"
@@ -125,8 +126,11 @@ def matrix_free(run: Any, x: Any) -> Jacobian:
         e = be.eps(u.dtype) ** (1 / 3) * be.greatest(be.rms(u), 1e-3) / be.choose(size > 0.0, size, 1.0)
         return between(rhs, t, u, e * v) / e
 
+    rough = _preconditioner(run, x)
+
     def operator(rtol: float, product: Callable, strict: bool) -> Callable[[Any, Array], Operator]:
-        return lambda t, u: Operator(partial(product, t, u), lambda v: pull(t, u, v)[0], max(rtol, least), strict)
+        return lambda t, u: Operator(partial(product, t, u), lambda v: pull(t, u, v)[0], max(rtol, least), strict,
+                                     None if rough is None else partial(rough, t, u))
 
     linear = run.method.exact_jacobian  # no iteration corrects errors
     exact = operator(NUMERIC if run.vjp.numeric else TIGHT, along, True)
@@ -135,6 +139,16 @@ def matrix_free(run: Any, x: Any) -> Jacobian:
     else:
         near = exact if linear else operator(FORCING, along, False)
     return Jacobian(near, exact, free=True)
+
+
+def _preconditioner(run: Any, x: Any) -> Callable | None:
+    """The user's preconditioner of flat states, `(t, u, c) -> solve(b, transposed)`."""
+    choice = getattr(run.method, "linear_solver", None)
+    if not isinstance(choice, Krylov):
+        return None
+    be, field = run.be, run.field
+    p, opened = field.p.join(be, x.theta[:field.p.count], x.constants), field.u.opener(be)
+    return lambda t, u, c: choice.preconditioner(t, opened(u), p, c)
 
 
 def _matrices(run: Any, x: Any, known: Jacobian | None, pattern: Pattern | None, mass: Any) -> Jacobian:

@@ -32,9 +32,10 @@ class LinearSystems:
 
         return solve
 
-    def linear_solve(self, apply: Callable, transposed: Callable, b: Array, solver: Callable) -> Array:
-        """`solver(apply, b)`; a backend whose AD runs through it says here that it solves a linear system."""
-        del transposed
+    def linear_solve(self, apply: Callable, transposed: Callable, b: Array, solver: Callable, back: Callable) -> Array:
+        """`solver(apply, b)`; a backend whose AD runs through it says here that it solves a linear system, as
+        `back(transposed, b)` does with the transpose."""
+        del transposed, back
         return solver(apply, b)
 
     def weigh(self, mass: Any, z: Array, transposed: bool = False) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from .backend import Array, Scalar
@@ -30,12 +31,17 @@ class Entries(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """A matrix known by its products with vectors; systems are solved to `rtol`, and `strict` ones are NaN if not."""
+    """A matrix known by its products with vectors; systems are solved to `rtol`, and `strict` ones are NaN if not.
+
+    `precondition(c)` is a rough solver with `1 - c` times the matrix, `rough` one with the matrix itself.
+    """
 
     apply: Callable[[Array], Array]
     transposed: Callable[[Array], Array]
     rtol: float
     strict: bool = False
+    precondition: Callable | None = None
+    rough: Callable | None = None
 
 
 def is_sparse(A: Any) -> bool:
@@ -77,7 +83,8 @@ def shifted(be: Any, J: Any, c: Scalar, M: Any = None, sigma: Scalar | None = No
         assert sigma is None
         assert M is None
         return J._replace(apply=lambda v: v - _times(be, J.apply(v), c),
-                          transposed=lambda v: v - _times(be, J.transposed(v), c))
+                          transposed=lambda v: v - _times(be, J.transposed(v), c),
+                          rough=None if J.precondition is None else J.precondition(c))
     if isinstance(J, Entries):
         unit = be.asarray(J.pattern.diagonal if M is None else M[J.pattern.rows, J.pattern.columns], dtype=J.dtype,
                           device=be.device(J.values))
@@ -119,15 +126,22 @@ def factorize(be: Any, A: Any, solver: Any = None) -> Callable[..., Array]:
 
 
 def _krylov(be: Any, A: Operator) -> Callable[..., Array]:
-    """By GMRES."""
-    def solver(apply: Callable, b: Array) -> Array:
-        return gmres(be, apply, b, A.rtol)
+    """By GMRES, on the right of a rough inverse if there is one."""
+    def solver(turned: bool, apply: Callable, b: Array) -> Array:
+        inverse = A.rough
+        if inverse is None:
+            return gmres(be, apply, b, A.rtol)
+
+        def rough(v: Array) -> Array:
+            return be.asarray(inverse(v, turned), dtype=b.dtype, device=be.device(b))
+
+        return rough(gmres(be, lambda v: apply(rough(v)), b, A.rtol))
 
     def solve(b: Array, transposed: bool = False) -> Array:
         if b.ndim == 2:
             return be.xp.stack([solve(b[i, :], transposed) for i in range(b.shape[0])])
         first, second = (A.transposed, A.apply) if transposed else (A.apply, A.transposed)
-        x = be.linear_solve(first, second, b, solver)
+        x = be.linear_solve(first, second, b, partial(solver, transposed), partial(solver, not transposed))
         return _unless(be, b - first(x), b, 100.0 * A.rtol, x) if A.strict else x
 
     return solve

@@ -165,7 +165,7 @@ class ImplicitMethod(Method):
 
     Parameters
     ----------
-    linear_solver : None, "dense", "sparse", "krylov", or an object
+    linear_solver : None, "dense", "sparse", "krylov", Krylov(preconditioner), or an object
         How equations with `M - c f_u` and its transpose are solved. "dense": LU of an array. "sparse": of the pattern
         `jac_sparsity`, as a band where that is narrow or by SuperLU, or of the SciPy matrices that `jac` returns.
         "krylov": GMRES on products with `f_u`, without a matrix. None: sparse where the problem says how, dense up to
@@ -178,7 +178,7 @@ class ImplicitMethod(Method):
     implicit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_choice(self.name, self.linear_solver)
+        check_choice(self.name, self.linear_solver, steps=True)
 
     def __repr__(self) -> str:
         chosen = "" if self.linear_solver is None else f"linear_solver={self.linear_solver!r}"

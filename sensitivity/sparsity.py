@@ -191,7 +191,7 @@ def entries_in(A: Any, mass: Any = None) -> tuple[Pattern, Any]:
     """The pattern of a SciPy matrix, with the entries of a `Mass`, and its values in the places of that."""
     from scipy.sparse import csc_array
 
-    A = csc_array(A)
+    A = A if A.format == "csc" else csc_array(A)
     if not A.has_canonical_format:
         A = A.copy()
         A.sum_duplicates()

@@ -170,8 +170,8 @@ class JaxBackend(JaxLookback, JaxLoops, Backend):
     def allow_float64(self):
         self.restore(True)
 
-    def linear_solve(self, apply, transposed, b, solver):
-        return lax.custom_linear_solve(apply, b, solver, lambda _, b: solver(transposed, b))
+    def linear_solve(self, apply, transposed, b, solver, back):
+        return lax.custom_linear_solve(apply, b, solver, lambda _, b: back(transposed, b))
 
     # -- random numbers ---------------------------------------------------------------------------------------------
 
