@@ -166,7 +166,7 @@ def test_what_a_field_does_not_use():
 
 OTHERS = {
     "matrix": lambda t, u, p: -p * jnp.mean(jnp.ones((2, 3)) * u @ jnp.ones((3, 3)), 0),
-    "scatter": lambda t, u, p: -p * u[jnp.array([1, 2, 0])],
+    "scatter": lambda t, u, p: -p * jnp.zeros(3).at[jnp.array([1, 2, 0])].set(u[jnp.array([2, 0, 1])]),
     "solve": lambda t, u, p: -p * jnp.linalg.solve(jnp.eye(3) + 0.1, u),
     "callback": lambda t, u, p: -p * u + 0.0 * jax.lax.stop_gradient(
         jax.pure_callback(np.asarray, u, jax.lax.stop_gradient(u), vmap_method="sequential")),
