@@ -143,6 +143,7 @@ class _Product:
                                          "real and imaginary part as a real state")
         warn_differences(run)
         self.algorithm: SensitivityAlgorithm = algorithm.adjoint
+        self.worker = self.algorithm.of_pair
         self.run, self.x = run, x
         self.size = sum(size for _, size in self.parts) - self.extra * ("u0" in names)
 
@@ -151,12 +152,12 @@ class _Product:
         xp, n = be.xp, self.x.u0.shape[0]
         d = directions(be, x, self.parts, self._widened(row)[None, :])
         pair, both = paired(self.algorithm, run, x, d)
-        out, aux, residuals = be.run(self.algorithm, "forward", pair, (both,), self.wanted)
+        out, aux, residuals = be.run(self.worker, "forward", pair, (both,), self.wanted)
         u, w = out.u[:, :n], out.u[:, n:]
         finished(self.prob, run, x, self.algorithm, Outputs(u, None, None), aux, "raise")
         l_u, turned_u, turned = self._loss(Outputs(u, None, None), aux, w, d)
         ct = Outputs(xp.concat([turned_u, l_u], axis=1), None, None)
-        bar = be.run(self.algorithm, "reverse", pair, (residuals, ct), self.wanted)
+        bar = be.run(self.worker, "reverse", pair, (residuals, ct), self.wanted)
         judge(self.algorithm, be, bar)
         pieces: list[Array] = []
         for name, size in self.parts:

@@ -153,6 +153,10 @@ RULES: tuple[Rule, ...] = (
          lambda f: f.order > 1 and f.method == "black box", lambda f: ForwardOverAdjoint(InterpolatingAdjoint()),
          "tangent of a continuous adjoint: the method shows its solution and not its stages",
          "Ozyurt, Barton (2005)"),
+    Rule("second-order-steady", "Are second derivatives wanted, of a steady state?",
+         lambda f: f.order > 1 and f.kind == "steady", lambda f: ForwardOverAdjoint(ImplicitAdjoint()),
+         "tangent of the implicit function theorem: four solves with the same matrix per direction",
+         "Christianson (1994); Griewank, Walther (2008), section 15.2"),
     Rule("second-order", "Are second derivatives wanted?",
          lambda f: f.order > 1, lambda f: ForwardOverAdjoint(),
          "tangent of the adjoint: one adjoint of twice the size per direction, however many parameters, and exact for "

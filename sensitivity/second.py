@@ -149,6 +149,7 @@ def turned(algorithm: Any, run: Run, x: Inputs, d: Tangents, ct: Array, dct: Arr
     """
     be, n = run.be, x.u0.shape[0]
     run, x = paired(algorithm, run, x, d)
+    algorithm = algorithm.of_pair
     out, _, residuals = algorithm.forward(run, x, wanted)
     bar = algorithm.reverse(run, residuals, Outputs(be.xp.concat([dct, ct], axis=1), None, None), wanted)
     return bar.u0[:n], bar.theta, out.u[:, n:]
@@ -171,8 +172,8 @@ def refuse_second(algorithm: Any, run: Run, wanted: frozenset[str]) -> None:
         cause = "dense=True has no second derivatives"
     elif run.mass is not None:
         cause = "a singular mass matrix has no second derivatives"
-    elif run.kind is not None or run.events:
-        cause = "second derivatives are there for ordinary differential equations without events only"
+    elif (run.kind is not None and run.kind.name != "steady") or run.events:
+        cause = "second derivatives are there for steady states and ordinary differential equations without events only"
     if cause:
         raise UnsupportedCombination(cause, "a second one was asked for", algorithm.twice)
 

@@ -311,6 +311,79 @@ def test_many_unknowns_without_transposed_products():
     assert sa.solve(prob.remake(jac_sparsity=np.eye(600)), sensealg=numeric).success
 
 
+# -- second derivatives ------------------------------------------------------------------------------------------
+
+
+def test_second_derivatives(lab):
+    """Of the Brusselator's steady state (a, b/a), in closed form; the guess does not move it."""
+    xp, a, b = lab.xp, 1.3, 1.7
+    prob = sa.SteadyStateProblem(
+        lambda t, u, p: xp.stack([p[0] + u[0] ** 2 * u[1] - (p[1] + 1.0) * u[0], p[1] * u[0] - u[0] ** 2 * u[1]]),
+        lab.array([1.5, 2.0]), lab.array([a, b]))
+
+    def loss(sol):
+        return sol.u[0, 0] ** 2 + 3.0 * sol.u[0, 1] * sol.prob.p[1] + sol.prob.p[0] ** 3
+
+    second = [[2.0 + 6.0 * b**2 / a**3 + 6.0 * a, -6.0 * b / a**2], [-6.0 * b / a**2, 6.0 / a]]
+    H = lab.numpy(sa.hessian(prob, loss=loss, rtol=1e-9))
+    np.testing.assert_allclose(H, second, rtol=1e-12)
+    given = [0.3, -0.7]
+    v = lab.array(given), lab.array([1.0, 2.0])
+    p_part, u_part = sa.hessian_vector_product(prob, sa.PseudoTransient(), loss, v, wrt=("p", "u0"), rtol=1e-11)
+    np.testing.assert_allclose(lab.numpy(p_part), np.array(second) @ given, rtol=1e-9)
+    np.testing.assert_array_equal(lab.numpy(u_part), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("solver", [None, "sparse", "krylov"])
+def test_second_derivatives_by_every_linear_solver(numpy_lab, solver):
+    """A ring of cells, against differences of the gradient."""
+    xp, n = numpy_lab.xp, 30
+    i = np.arange(n)
+    ring = np.eye(n) + np.eye(n)[:, np.roll(i, 1)] + np.eye(n)[:, np.roll(i, -1)]
+
+    def f(t, u, p):
+        return p[0] * (xp.roll(u, 1) - 2.0 * u + xp.roll(u, -1)) - u**3 + p[1:] * xp.sin(i + p[0])
+
+    prob = sa.SteadyStateProblem(f, np.zeros(n) + 0.1, np.linspace(0.5, 1.5, n + 1), jac_sparsity=ring)
+    sensealg, v = sa.ImplicitAdjoint(solver), np.cos(np.arange(n + 1.0))
+    options = {"loss": lambda sol: (sol.u**4).sum(), "rtol": 1e-12, "atol": 1e-13, "sensealg": sensealg}
+    Hv = sa.hessian_vector_product(prob, v=v, **options)
+    g = [sa.gradient(prob.remake(p=prob.p + s * v), **options).p for s in (1e-4, -1e-4, 2e-4, -2e-4)]
+    want = (8.0 * (g[0] - g[1]) - (g[2] - g[3])) / 12e-4
+    np.testing.assert_allclose(Hv, want, rtol=1e-7, atol=1e-9 * np.abs(want).max())
+
+
+def test_second_derivatives_factorise_once(numpy_lab):
+    """One Jacobian beside those of Newton's iteration serves the tangent and both adjoint equations."""
+    calls = []
+
+    def jac(t, u, p):
+        calls.append(1)
+        return np.array([[-3.0 * u[0] ** 2, p[0]], [p[0], -2.0]])
+
+    xp = numpy_lab.xp
+    prob = sa.SteadyStateProblem(lambda t, u, p: xp.stack([p[0] * u[1] - u[0] ** 3 + 1.0, p[0] * u[0] - 2.0 * u[1]]),
+                                 np.array([1.0, 1.0]), np.array([0.7]), jac=jac)
+    found = sa.solve(prob, sa.Newton(), rtol=1e-9)
+    calls.clear()
+    sa.hessian_vector_product(prob, sa.Newton(), lambda sol: (sol.u**2).sum(), np.array([1.0]), rtol=1e-9, probe="off")
+    assert len(calls) == found.stats.njac + 2  # the first call sees what jac returns
+
+
+def test_second_derivatives_of_no_isolated_state(numpy_lab):
+    xp = numpy_lab.xp
+    conserved = sa.SteadyStateProblem(lambda t, u, p: xp.stack([p[0] * u[1] - u[0], u[0] - p[0] * u[1]]),
+                                      np.array([1.0, 0.0]), np.array([2.0]))
+    with pytest.raises(sa.SolveError, match="f_u at the steady state could not be solved"):
+        sa.hessian(conserved, sa.PseudoTransient(), lambda sol: sol.u[0, 0] ** 2)
+
+
+def test_second_derivatives_refused(numpy_lab):
+    prob = sa.SteadyStateProblem(lambda t, u, p: p - u, np.array([1.0]), np.array([2.0]))
+    with pytest.raises(sa.UnsupportedCombination, match="ImplicitAdjoint"):
+        sa.hessian(prob, loss=lambda sol: sol.u.sum(), sensealg=sa.ForwardOverAdjoint())
+
+
 # -- frameworks ---------------------------------------------------------------------------------------------------
 
 
@@ -403,9 +476,10 @@ def test_torch_transforms():
     np.testing.assert_allclose(float(torch.func.jvp(loss, (p,), (v,))[1]), 0.3 * first[0] - 0.7 * first[1], rtol=1e-10)
     batch = torch.func.vmap(torch.func.grad(loss))(torch.stack([p, p + 0.2]))
     np.testing.assert_allclose(batch[1].numpy(), torch.func.grad(loss)(p + 0.2).numpy(), rtol=1e-11)
-    with pytest.raises(sa.UnsupportedCombination, match="first derivatives") as e:
-        torch.func.hessian(loss)(p)
-    assert "DirectAdjoint" not in str(e.value)
+    a, b = 1.3, 1.7
+    second = [[2.0 + 6.0 * b / a**3, -3.0 / a**2], [-3.0 / a**2, 0.0]]
+    np.testing.assert_allclose(torch.func.hessian(loss)(p).numpy(), second, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(torch.autograd.functional.hessian(loss, p).numpy(), second, rtol=1e-12, atol=1e-13)
 
 
 def test_torch_module():

@@ -148,6 +148,11 @@ class SensitivityAlgorithm:
         """Whether the output of `dense=True` has derivatives of the steps that were taken."""
         return self.exact
 
+    @property
+    def of_pair(self) -> SensitivityAlgorithm:
+        """The algorithm for state and tangent together, see `sensitivity.second`; where `second_order` holds."""
+        return self
+
     def asked(self, loss: Any, wrt: Any) -> Any:
         """The inputs to differentiate, `wrt` as the user gave it; None stands for the usual ones.
 

@@ -67,6 +67,10 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
         return bool(self.adjoint.events)
 
     @property
+    def kinds(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.adjoint.kinds) & {"ode", "steady"}
+
+    @property
     def algebraic(self) -> bool:  # type: ignore[override]
         return bool(self.adjoint.algebraic)
 
