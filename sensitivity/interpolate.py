@@ -37,7 +37,7 @@ def interpolant(be: Any, tab: Tableau) -> Callable[[Record, Any], Array]:
     def interpolate(record: Record, ts: Any) -> Array:
         t, h, u, k = record
         x = [(s - t) / h for s in ts]
-        return u[None, :] + be.vector([h], u) * (be.poly(weights, x, u) @ k)
+        return be.blended(u, h, be.poly(weights, x, u), k)
 
     return interpolate
 
@@ -64,7 +64,7 @@ def transpose(be: Any, tab: Tableau, time: bool) -> Callable[[Record, Any, Array
         t, h, u, k = record
         x = [(s - t) / h for s in ts]
         w = be.poly(weights, x, u)
-        u_bar, k_bar = be.xp.sum(ct, axis=0), be.vector([h], u) * (w.T @ ct)
+        u_bar, k_bar = be.blended_vjp(h, w, ct)
         if not time:
             return Contribution(u_bar, k_bar, 0.0), [0.0] * len(ts)
         v, d = w @ k, be.poly(slopes, x, u) @ k

@@ -283,7 +283,7 @@ class Loops(Recursions, LedgerLoops, Recomputing):
         extra: list[Contribution | None] = [None] * len(log)
         ts_bar = [0.0] * len(ts)
         for n, members in groups.items():
-            rows = self.xp.stack([ct[i, :] for i in members])
+            rows = self.picked(ct, members)
             extra[n], bars = transpose(log[n], [ts[i] for i in members], rows)
             for i, bar in zip(members, bars, strict=True):
                 ts_bar[i] = bar

@@ -175,7 +175,7 @@ class Pulled:
         members = self.groups.get(n)
         if members is None:
             return None
-        rows = self.be.xp.stack([self.ct[i, :] for i in members])
+        rows = self.be.picked(self.ct, members)
         out, bars = self.transpose(record, [self.times[i] for i in members], rows)
         for i, bar in zip(members, bars, strict=True):
             self.ts[i] = bar

@@ -50,6 +50,14 @@ class Recursions:
                 out = term if out is None else out + term
         return rows[0, :] * 0.0 if out is None else out
 
+    def blended(self, base: Array, scale: Scalar, weights: Array, rows: Array) -> Array:
+        """`base + scale * weights @ rows` for a matrix of weights: one vector for each of its rows."""
+        return base[None, :] + self.vector([scale], base) * (weights @ rows)
+
+    def blended_vjp(self, scale: Scalar, weights: Array, ct: Array) -> tuple[Array, Array]:
+        """Pull `ct` back across `blended`: cotangents of `base` and of `rows`."""
+        return self.xp.sum(ct, axis=0), self.vector([scale], ct) * (weights.T @ ct)
+
     def inputs(self, a: Sequence, base: Array, scale: Scalar, rows: Array) -> Sequence[Array]:
         """Vectors `base + scale sum_j a_ij rows_j`, one per row of the lower triangular `a`."""
         return [self.combine(base, scale, a_i, rows) if any(a_i) else base for a_i in a]
@@ -67,6 +75,13 @@ class Recursions:
         return [xs[i] for i in order]
 
     def permuted_rows(self, rows: Array, order: Sequence[int]) -> Array:
+        return self.xp.stack([rows[i, :] for i in order])
+
+    def picked(self, rows: Array, order: Sequence[int]) -> Array:
+        """Rows with these numbers, which ascend; a view where they follow each other."""
+        first, end = order[0], order[-1] + 1
+        if end - first == len(order):
+            return rows[first:end, :]
         return self.xp.stack([rows[i, :] for i in order])
 
     def put(self, rows: Array, i: Any, row: Array) -> Array:

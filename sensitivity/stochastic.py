@@ -195,6 +195,7 @@ class NoisyField(Field):
     dt, steps : step size, and number of steps; free steps have neither.
     additive : whether g does not depend on u.
     dtype : of the state, and so of all that the stages are told.
+    unscaled : whether `delta` is one in every stage.
     """
 
     acts: str
@@ -208,6 +209,7 @@ class NoisyField(Field):
     dtype: Any
     corrected: bool = False
     pieces: bool = False
+    unscaled: bool = False
 
     @property
     def free(self) -> bool:
@@ -229,6 +231,7 @@ class DrivenRHS:
 
     def __init__(self, field: NoisyField, be: Any, p: Any, captured: tuple[Array, ...], constants: Any) -> None:
         self.field, self.be, self.p, self.captured, self.constants = field, be, p, captured, constants
+        self.reshapes = field.u.opener(be), field.u.closer(be)
 
     def __call__(self, a: Array, u: Array) -> Array:
         field, be, t = self.field, self.be, a[0]
@@ -263,16 +266,17 @@ class DrivenRHS:
     def parts(self, be: Any, t: Any, u: Array) -> tuple[Array, Array]:
         """Drift `(n,)`, and diffusion `(n,)` or `(n, m)`."""
         field = self.field
-        f, g = field.f(t, be.unflatten(field.u.structure, field.u.unravel(be, u)), self.p, *self.captured)
-        drift = field.u.ravel(be, be.flatten(f)[0])
+        opened, closed = self.reshapes if be is self.be else (field.u.opener(be), field.u.closer(be))
+        f, g = field.f(t, opened(u), self.p, *self.captured)
         if field.acts != "all":
-            return drift, field.u.ravel(be, be.flatten(g)[0])
+            return closed(f), closed(g)
         rows = [be.xp.reshape(x, (-1, field.m)) for x in be.flatten(g)[0]]
-        return drift, rows[0] if len(rows) == 1 else be.xp.concat(rows)
+        return closed(f), rows[0] if len(rows) == 1 else be.xp.concat(rows)
 
     def combined(self, a: Array, f: Array, g: Array) -> Array:
         """`delta f + g w`."""
-        return a[1] * f + self.driven(g, a[2:2 + self.field.m])
+        noise = self.driven(g, a[2:2 + self.field.m])
+        return f + noise if self.field.unscaled else a[1] * f + noise
 
     def diffusion(self, pieces: Array, n: int) -> Array:
         """The diffusion in the pieces, as `parts` gives it."""
@@ -368,5 +372,6 @@ def drive(be: Any, prob: SDEProblem, method: StochasticMethod, base: Field, g: A
     if abreast:
         law, acts, m = Parallel(law, abreast), "each", base.u.size
     field = NoisyField(base.f, base.u, base.p, base.captured, acts=acts, m=m, squares=method.scheme.squares, law=law,
-                       kept=len(arrays), dt=dt, steps=steps, additive=prob.noise == "additive", dtype=like.dtype)
+                       kept=len(arrays), dt=dt, steps=steps, additive=prob.noise == "additive", dtype=like.dtype,
+                       unscaled=all(v == 1.0 for v in method.scheme.delta))
     return field, (*arrays, t0, t1)

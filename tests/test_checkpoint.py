@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sensitivity as sa
+from sensitivity.algorithms import budget as budgets
 from sensitivity.checkpoint import Plan, advances, beta, offline, online, repetitions, reverse, split
 from sensitivity.testing.harness import Harness
 from sensitivity.testing.solves import check_adjoint_identity
@@ -342,3 +343,20 @@ def test_dense_output_does_not_go_with_a_budget(lab):
         sa.solve(problem(lab), sa.Tsit5(), dense=True, sensealg=sensealg)
     sol = sa.solve(problem(lab), sa.Tsit5(), sensealg=sensealg)
     np.testing.assert_allclose(lab.numpy(sol(2.0)), lab.numpy(sol.u[-1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("room", [3_000, 10_000, 100_000, 10**8])
+@pytest.mark.parametrize("held", [300, 2_000, 400_000])
+def test_blocks_are_the_smallest_that_are_taken_again_once(room, held):
+    """Of a known number of steps; larger ones are taken as long as they stay in the cache, and half of the room if even
+    these do not suffice."""
+    state, most = 100, max(1, room // 2 // held)
+
+    def reach(block):
+        return block * budgets._slots(room, state, held, block)
+
+    assert budgets._block(room, state, held, None) == most
+    for steps in (1, 10, 100, 1_000, 10_000, 10**6):
+        block = budgets._block(room, state, held, steps)
+        smallest = next((b for b in range(1, most + 1) if reach(b) >= steps), most)
+        assert block == max(smallest, min(most, budgets.CACHE // held))

@@ -87,6 +87,22 @@ def test_steps_beyond_the_room_are_taken_again(monkeypatch, method):
     assert_same(*gradients(monkeypatch, net, weights(60), method, None, sa.RecursiveCheckpointAdjoint()))
 
 
+@pytest.mark.parametrize("few", [1, 10**9], ids=["deferred", "at once"])
+def test_products_with_parameters_within_a_budget(monkeypatch, few):
+    """Blocks of few steps leave no batch of stages whose products with the parameters are worth a pass of their own."""
+    monkeypatch.setattr(_taped, "FEW", few)
+    flushed, flush = [], _taped.Tape.flush
+    monkeypatch.setattr(_taped.Tape, "flush", lambda tape: flushed.append(len(tape.block)) or flush(tape))
+    p, out = weights(60), []
+    for sensealg in (sa.RecursiveCheckpointAdjoint(memory=400_000), sa.RecursiveCheckpointAdjoint()):
+        out.append(sa.gradient(sa.ODEProblem(net, state(), (0.0, 1.0), p), sa.Euler(), dt=0.005, sensealg=sensealg,
+                               loss=lambda sol: (sol.u**2).sum()))
+        assert bool(flushed) == (few == 1)
+        flushed.clear()
+    for a, b in zip(out[0].p, out[1].p, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize(("method", "options"), [
     (sa.Euler(), {"dt": 0.02}), (sa.Tsit5(), {"rtol": 1e-11, "atol": 1e-12})], ids=["Euler", "Tsit5"])
 def test_memory_counts_what_autograd_keeps(method, options):

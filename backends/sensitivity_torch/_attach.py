@@ -177,7 +177,10 @@ class Solve(torch.autograd.Function):
         slots = ctx.call.slots(len(flat))
         if slots:
             ctx.call.keep = _autodiff.graph_is_kept()
-            for (i, _), bar in zip(slots, Reverse.apply(ctx.call, len(flat), *flat, *ct[:-1]), strict=True):
+            # Where nothing differentiates this derivative, a Function would only cost time.
+            again = torch.is_grad_enabled() or _levels.active()
+            reversed_ = Reverse.apply if again else Reverse.forward
+            for (i, _), bar in zip(slots, reversed_(ctx.call, len(flat), *flat, *ct[:-1]), strict=True):
                 bars[i] = bar
         return None, *bars
 

@@ -90,6 +90,8 @@ class TorchBackend(Backend):
         return torch.as_tensor(t, dtype=self.dtype.to_real(), device=self._device)
 
     def times(self, t, h, c):
+        if len(c) == 1:
+            return (torch.tensor(t + c[0] * h, dtype=self.dtype.to_real(), device=self._device),)
         return torch.tensor([t + c_i * h for c_i in c], dtype=self.dtype.to_real(), device=self._device).unbind()
 
     def dot(self, a, b):
@@ -99,7 +101,7 @@ class TorchBackend(Backend):
         return torch.linalg.vector_norm(x).item() / math.sqrt(x.shape[0]) if x.shape[0] else 0.0
 
     def scaled(self, e, u0, u1, rtol, atol):
-        size = torch.maximum(u0.abs(), u1.abs())
+        size = u0.abs() if u0 is u1 else torch.maximum(u0.abs(), u1.abs())
         if isinstance(atol, float) and isinstance(rtol, float):
             return e / torch.add(self._constant(atol), size, alpha=rtol)
         return e / size.mul_(rtol).add_(atol)
@@ -156,6 +158,9 @@ class TorchBackend(Backend):
 
     def recursion(self, a, base, scale, xs, row, carry, first=None):
         s, n = len(a), base.shape[-1]
+        if s == 1 and first is None:
+            carry, x = row(carry, [x[0] for x in xs], base.reshape(n))
+            return carry, x.detach().to(base.dtype, copy=True).unsqueeze(0)
         pool, work = self._work(s, n)
         out, rows, columns = work
         bases = None if base.ndim == 1 else base.unbind()
@@ -185,6 +190,12 @@ class TorchBackend(Backend):
             return torch.addmv(rows[0], rows.t(), w, beta=0, alpha=scale)
         return torch.addmv(base, rows.t(), w, alpha=scale)
 
+    def blended(self, base, scale, weights, rows):
+        return torch.addmm(base, weights, rows, alpha=scale)
+
+    def blended_vjp(self, scale, weights, ct):
+        return ct.sum(0), torch.mm(weights.t(), ct).mul_(scale)
+
     def inputs(self, a, base, scale, rows):
         return torch.addmm(base, self._square(a), rows, alpha=scale).unbind()
 
@@ -207,8 +218,11 @@ class TorchBackend(Backend):
         key = "powers", coefficients
         found = self._constants.get(key)
         if found is None:
-            found = self._constants[key] = np.array(coefficients).T
-        return torch.as_tensor(np.vander(x, len(found), True) @ found, dtype=like.dtype, device=like.device)
+            matrix = np.array(coefficients).T
+            found = self._constants[key] = np.arange(len(matrix)), matrix
+        exponents, matrix = found
+        weights = np.array(x)[:, None] ** exponents @ matrix
+        return torch.as_tensor(weights, dtype=like.dtype, device=like.device)
 
     # -- linear systems -------------------------------------------------------------------------------------------
 
@@ -381,6 +395,11 @@ class _Differentiable(TorchBackend):
             carry, x = row(carry, [x[i] for x in xs], v)
             rows.append(x.to(base.dtype))
         return carry, torch.stack(rows)
+
+    def blended(self, base, scale, weights, rows):
+        if isinstance(scale, torch.Tensor):
+            return base + scale * torch.mm(weights, rows)
+        return super().blended(base, scale, weights, rows)
 
     def combine(self, base, scale, weights, rows):
         if not isinstance(scale, torch.Tensor):

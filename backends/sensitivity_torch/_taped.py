@@ -22,7 +22,7 @@ from . import _ahead, _autodiff, _levels
 
 ROOM = 2**28  # bytes of records that one solve keeps
 DEFERRED = 32  # parameters per unknown from which on their products are made for many stages at once
-BLOCK = 64
+BLOCK, FEW = 64, 16  # stages; for fewer, a product of their own does not pay
 
 
 def suits(algorithm, run, x, wanted):
@@ -48,10 +48,9 @@ def forward(algorithm, run, x, wanted):
 
 def reverse(algorithm, run, residuals, ct, wanted, keep):
     """`algorithm.reverse` along the records, which are not used again unless `keep`."""
-    tape = Tape(run, residuals.x, wanted, 0, keep)
-    if algorithm.memory is not None:
-        # Making the products of a batch of stages holds about four times as much as their records.
-        tape.limit = min(BLOCK, max(1, residuals.log.plan.block // 4))
+    # Making the products of a batch of stages holds about four times as much as their records.
+    limit = BLOCK if algorithm.memory is None else min(BLOCK, residuals.log.plan.block // 4)
+    tape = Tape(run, residuals.x, wanted, 0, keep, limit)
     bar = algorithm.reverse(tape.run, residuals, ct, wanted)
     return bar._replace(theta=tape.collected(bar.theta))
 
@@ -77,17 +76,17 @@ class Tape:
 
     implicit, one_step = False, True
 
-    def __init__(self, run, x, wanted, room, keep=True):
+    def __init__(self, run, x, wanted, room, keep=True, limit=BLOCK):
         self.method, self.room, self.keep, self.needs, self.extra = run.method, room, keep, 0, 0
         self.params = "theta" in wanted
         size = sum(v.numel() for v in x.theta)
-        self.deferred = self.params and size > DEFERRED * x.u0.shape[0]
+        self.deferred = self.params and size > DEFERRED * x.u0.shape[0] and limit >= FEW
         self.captured = any(v.requires_grad for v in x.theta)
         self.leaves = _autodiff.parameters(x.theta, self.params and not self.deferred)
         self.bound = run.field.bind(run.be.differentiable(), self.leaves, x.constants)
         self.rhs = self.measured if room else self.bound
         self.field = lambda leaves: run.field.bind(run.be, leaves, x.constants)
-        self.theta, self.block, self.limit, self.segment = x.theta, [], BLOCK, []
+        self.theta, self.block, self.limit, self.segment = x.theta, [], limit, []
         self.sums = None
         self.run = replace(run, method=self)
 
@@ -198,12 +197,12 @@ class Taped(Explicit):
         return super().retaken(x, dt, vector) + self.tape.needs * self.stages
 
     def _moved(self, start, h, weights, rows):
-        """As `combine`, where a matrix of one row would cost autograd more than the sum."""
-        if not any(weights):
-            return start
-        if len(rows) == 1:
-            return torch.add(start, rows[0], alpha=h * weights[0])
-        return torch.addmv(start, torch.stack(rows).t(), self.be._constant(weights), alpha=h)
+        """As `combine`, term by term: autograd would pull a product with a matrix back to all of its rows anew."""
+        out = start
+        for w, row in zip(weights, rows, strict=False):
+            if w:
+                out = torch.add(out, row, alpha=h * w)
+        return out
 
     def times(self, t, h):
         """The first arguments of the stages."""

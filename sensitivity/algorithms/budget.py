@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from bisect import bisect_left
 from typing import Any
 
 from ..backend import Backend
@@ -20,6 +21,7 @@ from . import base
 
 # Stages of the newest step and of the one at work, their inputs, cotangents and what is made of them on the way.
 AT_WORK = 8
+CACHE = 2**20  # bytes that one core finds again fast
 IN_F = 3  # the same for what `f` leaves behind in a step, see `Stepper.retaken`
 MATRICES = 8  # the same for what an implicit step solves with: the Jacobian, how it is made, its factors
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -62,8 +64,9 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
     A state costs `n` numbers, `2 n` for a first-same-as-last method, whose slope is kept with it so that the step
     taken again is the same to the last bit. Beside these, pulling one step back takes room for `AT_WORK` steps, and for
     `MATRICES` matrices where the method is implicit. With a step stay its factors, if the backend keeps them. Where
-    loops are not compiled, half of the memory holds blocks of steps taken again: with states between blocks only, up to
-    `m^2 / 4` steps are taken again once, where `m` steps fit, and not as often as `reverse` must with states alone.
+    loops are not compiled, half of the memory, or less if that does as well, holds blocks of steps taken again: with
+    states between blocks only, up to `m^2 / 4` steps are taken again once, where `m` steps fit, and not as often as
+    `reverse` must with states alone.
 
     Raises
     ------
@@ -90,8 +93,22 @@ def plan(run: Run, x: Inputs, stepper: Any, checkpoints: Any, memory: Any, spill
         raise InputError(f"memory={memory!r} is too little for {x.u0.shape[0]} unknowns",
                          f"pulling back one step needs {work + 2 * state} bytes",
                          f"memory={work + 10 * state} or more")
-    block = 1 if be.traced else max(1, room // 2 // held)
-    return Plan((room - (block - 1) * held) // state - 1, steps, room // step, block=block)
+    block = 1 if be.traced else _block(room, state, held, steps)
+    return Plan(_slots(room, state, held, block), steps, room // step, block=block)
+
+
+def _slots(room: int, state: int, held: int, block: int) -> int:
+    """How many states there is room for beside a block of steps."""
+    return (room - (block - 1) * held) // state - 1
+
+
+def _block(room: int, state: int, held: int, steps: int | None) -> int:
+    """Steps in a block: half of the room, or as many as stay in the cache if every step is then taken again once."""
+    most = max(1, room // 2 // held)
+    if steps is None:
+        return most
+    enough = bisect_left(range(1, most), steps, key=lambda block: block * _slots(room, state, held, block)) + 1
+    return max(enough, min(most, CACHE // held))
 
 
 def _factors(run: Run, x: Inputs, stepper: Any, vector: int) -> tuple[int, int]:

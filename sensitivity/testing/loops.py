@@ -214,7 +214,24 @@ def check_combine(h: Harness) -> None:
     h.close(R, [v for r in rows for v in r], 0.0, "an argument was changed")
     order = (3, 1, 0)
     h.close(be.permuted_rows(R, order), [v for i in order for v in rows[i]], 0.0, "permuted_rows")
+    for chosen in ([1, 2], [0, 1, 3]):
+        h.close(be.picked(R, chosen), [v for i in chosen for v in rows[i]], 0.0, "picked")
     h.close(list(be.permuted(be.times(s, 1.0, (0.0, 1.0, 2.0, 3.0)), order)), [3.25, 1.25, 0.25], 0.0, "permuted")
+
+
+def check_blended(h: Harness) -> None:
+    """`blended` weighs rows by a matrix, and `blended_vjp` is its transpose."""
+    be, scale = h.be, 0.25
+    rows, base, weights = [[1.0, 2.0], [3.0, 5.0], [-7.0, 11.0]], [10.0, 20.0], [[0.5, 0.0, -2.0], [1.0, 3.0, -4.0]]
+    s, W = be.scalar(h.array(scale)), h.array(weights)
+    want = [base[m] + scale * sum(w[j] * rows[j][m] for j in range(3)) for w in weights for m in range(2)]
+    h.close(be.blended(h.array(base), s, W, h.array(rows)), want, 1e-15, "blended")
+    ct = [[2.0, -3.0], [0.5, 7.0]]
+    base_bar, rows_bar = be.blended_vjp(s, W, h.array(ct))
+    h.close(base_bar, [ct[0][m] + ct[1][m] for m in range(2)], 1e-15, "blended_vjp, base")
+    want = [scale * sum(weights[i][j] * ct[i][m] for i in range(2)) for j in range(3) for m in range(2)]
+    h.close(rows_bar, want, 1e-15, "blended_vjp, rows")
+    h.close(W, [v for w in weights for v in w], 0.0, "an argument was changed")
 
 
 def check_poly(h: Harness) -> None:
