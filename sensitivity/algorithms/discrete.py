@@ -42,7 +42,7 @@ class RecursiveCheckpointAdjoint(base.SensitivityAlgorithm):
         every accepted step.
     memory : str or int, optional
         A budget such as "200MB" or "2GiB", or a number of bytes: every accepted step is kept while it fits, else
-        states between blocks of steps, which take half of it. Not counted are 16 bytes for each step, the states
+        states between blocks of steps, which take up to half of it. Not counted are 16 bytes for each step, the states
         before events, the output and the gradient itself. Of a delay equation, stretches of history are kept in place
         of states, see `sensitivity.segments`.
     spill : bool or path
