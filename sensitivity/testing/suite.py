@@ -48,8 +48,9 @@ def checks(name: str) -> Iterator[Check]:
             title = title.removeprefix("check_")
             wants = list(inspect.signature(function).parameters)[1:]
             if wants == ["algorithm"]:
-                for kind in (v for v in algorithms().values() if "ode" in v.kinds):
-                    yield Check(f"{title}[{kind.__name__}]", name, function, (kind(),))
+                for algorithm in (kind() for kind in algorithms().values()):
+                    if "ode" in algorithm.kinds:
+                        yield Check(f"{title}[{algorithm.name}]", name, function, (algorithm,))
             elif wants == ["vjp"]:
                 for choice in VJPS:
                     yield Check(f"{title}[{choice.__name__}]", name, function, (choice(),))
