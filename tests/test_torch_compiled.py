@@ -147,6 +147,18 @@ def test_states_in_a_dictionary():
 
 
 @pytest.mark.slow
+def test_running_costs():
+    """The norm that they bring is compiled too; a dense solution has the steps of the compiled solve."""
+    cost = sa.ContinuousCost(lambda t, u, p: p[0] * (u**2).sum())
+    a, b = both(problem(), cost)
+    same_steps(a, b)
+    close(a.p, b.p)
+    close(a.u0, b.u0)
+    a, b = both(problem(), lambda sol: (sol(0.3) ** 2).sum(), dense=True)
+    close(a.p, b.p)
+
+
+@pytest.mark.slow
 def test_a_product_that_is_not_needed():
     """The last stage of the last step has no derivative here, and no weight."""
     prob = problem(f=lambda t, u, p: -p * torch.sqrt((1.0 - t) * u), u0=tensor(4.0), tspan=(0.0, 1.0), p=tensor(1.0))

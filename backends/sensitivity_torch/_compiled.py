@@ -7,6 +7,8 @@ blocks of steps. The parameters' share of the sweep is one batched product for m
 
 import threading
 import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +16,7 @@ import torch
 
 from sensitivity.algorithms import base
 from sensitivity.algorithms.discrete import RecursiveCheckpointAdjoint
+from sensitivity.assembled import WorstPart
 from sensitivity.control import FixedStep, PIController
 from sensitivity.errors import UnsupportedCombination
 from sensitivity.integrate import Steps
@@ -23,7 +26,8 @@ from sensitivity.records import Record
 from . import _ahead, _autodiff, _traced
 from ._backend import TorchBackend
 
-POINTS = 1024  # stages whose products with the parameters are made together
+POINTS = 1024  # stages whose products with the parameters are made together, where they are small
+ENTRIES = 2**19
 NAME = "ReverseVJP(compile=True)"
 
 
@@ -36,7 +40,7 @@ def unsuited(algorithm, run):
         f"{run.method.name}, which is no explicit Runge-Kutta method": not isinstance(run.method, RungeKutta),
         "events": bool(run.events),
         "a mass matrix": run.mass is not None or run.field.mass is not None,
-        "norm=": run.norm is not None,
+        "norm=": run.norm is not None and not (type(run.norm) is WorstPart and run.norm.norm is None),
         "progress=": run.progress is not None,
         type(run.controller).__name__: type(run.controller) not in (PIController, FixedStep),
     }
@@ -170,17 +174,34 @@ def reverse(algorithm, run, residuals, ct, wanted):
     return algorithm.reverse(replace(run, be=be), residuals, ct, wanted)
 
 
-class Log(list):
-    """Accepted steps, and the blocks `(T, U, K, count)` that they came in."""
-
-    add = list.append
+class Log(Sequence):
+    """Accepted steps in the blocks `(T, U, K, count)` that they came in; records of single ones are made when asked."""
 
     def __init__(self, source):
-        super().__init__()
-        self.source, self.blocks = source, []
+        self.source, self.blocks, self.starts, self.records = source, [], [0], {}
+
+    def add(self, *block):
+        self.blocks.append(block)
+        self.starts.append(self.starts[-1] + block[-1])
 
     def result(self):
         return self
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitem__(self, n):
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(len(self)))]
+        n = range(len(self))[n]
+        place = bisect_right(self.starts, n) - 1
+        if place not in self.records:
+            self.records[place] = _records(*self.blocks[place])
+        return self.records[place][n - self.starts[place]]
+
+
+def _records(T, U, K, count):
+    return [Record(*times, u, k) for times, u, k in zip(T[:count].tolist(), U.unbind(), K.unbind(), strict=False)]
 
 
 class Compiled(TorchBackend):
@@ -214,11 +235,11 @@ class Compiled(TorchBackend):
             state = state._replace(**dict(zip(("accepted", "rejected", "status"), map(int, counts), strict=True)))
             left -= state.accepted + state.rejected - before
             filled = state.accepted - count
-            if sink is not None and filled:
-                for times, u_n, k_n in zip(T[:filled].tolist(), U.unbind(), K.unbind(), strict=False):
-                    sink.add(Record(*times, u_n, k_n))
-                if isinstance(sink, Log):
-                    sink.blocks.append((T, U, K, filled))
+            if isinstance(sink, Log):
+                sink.add(T, U, K, filled)
+            elif sink is not None:
+                for record in _records(T, U, K, filled):
+                    sink.add(record)
         return state, None if sink is None else sink.result()
 
     def replay(self, body, state, log, extra=None):
@@ -287,7 +308,7 @@ class _Products:
             columns = [v[:-1] for v in columns]
         self.waiting.append(columns)
         self.points += columns[0].shape[0]
-        if self.points >= POINTS:
+        if self.points >= min(POINTS, ENTRIES // u.shape[-1]):
             self._flush()
 
     def _flush(self):

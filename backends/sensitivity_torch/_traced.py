@@ -7,7 +7,7 @@ ends when its rows are full; the reverse one passes the recorded steps from the 
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,12 +37,14 @@ class Shape:
     inside: bool
     controller: Any
     limits: tuple
+    norm: Any
     n: int
     dtype: torch.dtype
 
     @classmethod
     def of(cls, run, u):
-        return cls(run.method, run.inside, run.controller, (run.dtmin, run.dtmax, run.tstops), u.shape[0], u.dtype)
+        return cls(run.method, run.inside, run.controller, (run.dtmin, run.dtmax, run.tstops), run.norm, u.shape[0],
+                   u.dtype)
 
     @property
     def tableau(self):
@@ -109,10 +111,12 @@ def forward(shape, rtol, atol, field, args):
     dtmin, dtmax, tstops = shape.limits
     run = SimpleNamespace(be=be, controller=shape.controller, dtmin=dtmin, dtmax=dtmax, tstops=tstops, progress=None)
 
+    norm = be.rms if shape.norm is None else replace(shape.norm, be=be)
+
     def steps(span, rtol, atol, *inputs):
         t0, t1, direction, _ = span.unbind()
         stepper = shape.method.bind(be, field(inputs), shape.inside)
-        return Steps(run, stepper, Span(t0, t1, direction), rtol, atol, be.rms, be.eps(torch.float64))
+        return Steps(run, stepper, Span(t0, t1, direction), rtol, atol, norm, be.eps(torch.float64))
 
     def state(z, u, k):
         t, h, memory, ratio, *counts = z.unbind()
