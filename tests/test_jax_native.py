@@ -197,6 +197,38 @@ def test_products_of_matrices_stay_in_ordinary_loops():
     assert not _native.known(jax.make_jaxpr(jnp.dot)(jnp.ones(3, int), jnp.ones((3, 4), int)).jaxpr)
 
 
+def test_what_is_computed_in_vain_does_not_count():
+    def f(u):
+        sums = jnp.cumsum(jnp.sort(u))
+        return jax.lax.scan(lambda v, x: (v + (x, sums * x)[0], 0), jnp.sin(u), u)[0]
+
+    def spoken(u):
+        jax.debug.callback(print, u[0])
+        return jnp.sin(u)
+
+    assert _native.known(jax.make_jaxpr(f)(jnp.ones(3)).jaxpr)
+    assert not _native.known(jax.make_jaxpr(spoken)(jnp.ones(3)).jaxpr)
+
+
+@here
+def test_a_state_of_many_entries(monkeypatch):
+    """As many as sums may have, with stages of eight times as many."""
+    def f(t, u, p):
+        return -p * u * (1.0 + 0.1 * jnp.roll(u, 1))
+
+    def loss(p):
+        u0 = jnp.cos(jnp.arange(float(_native.SUMS)))
+        prob = sa.ODEProblem(f, u0, (0.0, 0.3), p)
+        return jnp.sum(sa.solve(prob, sa.Tsit5(), sensealg=sa.RecursiveCheckpointAdjoint(), rtol=1e-4).u ** 2)
+
+    native, loops = compiled(jax.grad(loss), jnp.asarray(0.3))
+    assert loops == 2
+    monkeypatch.setattr(_native, "TESTED", False)
+    f = renewed(f)
+    plain, _ = compiled(jax.grad(loss), jnp.asarray(0.3))
+    np.testing.assert_allclose(native, plain, rtol=1e-12)
+
+
 def test_lanes_and_second_derivatives():
     def f(t, u, p):
         return jnp.stack([-p * u[0] * u[1], u[0] - u[1], -u[2] * u[1] * u[1]])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxlib.mlir import ir
 
@@ -59,8 +59,25 @@ def possible(field, size):
 
 
 def known(jaxpr):
-    """Whether there is nothing but known operations on few numbers."""
-    return all(_known(eqn) for eqn in jaxpr.eqns)
+    """Whether there is nothing but known operations on few numbers, other than what is computed in vain."""
+    return _needed(jaxpr) is not None
+
+
+def _needed(jaxpr):
+    """The variables that results are made from; None where an unknown operation makes one."""
+    used = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if used.isdisjoint(eqn.outvars) and not eqn.effects:
+            continue
+        if not _known(eqn):
+            return None
+        atoms = eqn.invars
+        if eqn.primitive.name in ("jit", "scan"):
+            inner = eqn.params["jaxpr"].jaxpr
+            needed = _needed(inner)
+            atoms = [v for v, own in zip(atoms, inner.invars, strict=True) if own in needed]
+        used.update(v for v in atoms if not isinstance(v, Literal))
+    return used
 
 
 def _known(eqn):
@@ -69,9 +86,9 @@ def _known(eqn):
         inner = jax.tree.leaves(eqn.params, is_leaf=lambda p: isinstance(p, ClosedJaxpr))
         return all(known(p.jaxpr) for p in inner if isinstance(p, ClosedJaxpr))
     numbers = max(v.aval.size for v in (*eqn.invars, *eqn.outvars))
-    if name in TOTALS or _from_vector(eqn):
+    if name in TOTALS:
         return numbers <= SUMS
-    return numbers <= NUMBERS and (name in ELEMENTS or _by_vector(eqn))
+    return numbers <= NUMBERS and (name in ELEMENTS or _by_vector(eqn) or _from_vector(eqn))
 
 
 def _by_vector(eqn):
