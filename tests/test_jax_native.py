@@ -125,6 +125,27 @@ def test_the_largest_matrices(dtype):
 
 
 @here
+def test_long_products_of_vectors():
+    def solved(n):
+        w = jnp.full((n,), 1.0 / n)
+
+        def f(t, u, p):
+            return -p * jnp.dot(w, jnp.concatenate([u, jnp.zeros(n - 1)])) * u
+
+        def loss(p):
+            return sa.solve(sa.ODEProblem(f, jnp.ones(1), (0.0, 1.0), p), sa.Euler(), dt=0.25,
+                            controller=sa.FixedStep(), sensealg=sa.RecursiveCheckpointAdjoint()).u[0, 0]
+
+        (slope,), loops = compiled(jax.grad(loss), jnp.asarray(float(n)))
+        return slope, loops
+
+    few, one = solved(_native.SUMS)
+    many, none = solved(_native.SUMS + 1)
+    assert one > 0 and none == 0
+    np.testing.assert_allclose(few * _native.SUMS, many * (_native.SUMS + 1), rtol=1e-12)
+
+
+@here
 def test_networks_in_lanes_and_second_derivatives():
     rng = np.random.default_rng(0)
     w, u0 = jnp.asarray(rng.normal(size=(50, 50)) / 7.0), jnp.asarray(rng.normal(size=50))
@@ -194,7 +215,9 @@ def test_products_of_matrices_stay_in_ordinary_loops():
     assert known(jnp.matmul, (3, 4), (4, 1))
     assert not known(jnp.matmul, (2, 3), (3, 4))
     assert not known(jnp.matmul, (2, 1, 1), (2, 1, 4))
-    assert not _native.known(jax.make_jaxpr(jnp.dot)(jnp.ones(3, int), jnp.ones((3, 4), int)).jaxpr)
+    assert known(jnp.dot, _native.SUMS, _native.SUMS) and not known(jnp.dot, _native.SUMS + 1, _native.SUMS + 1)
+    for kind in (int, complex, jnp.bfloat16):
+        assert not _native.known(jax.make_jaxpr(jnp.dot)(jnp.ones(3, kind), jnp.ones((3, 4), kind)).jaxpr)
 
 
 def test_what_is_computed_in_vain_does_not_count():

@@ -8,6 +8,7 @@ products of matrices are not, because XLA leaves those to a library. Every other
 other devices, and where it is differentiated.
 """
 
+import math
 import platform
 from functools import partial
 
@@ -92,10 +93,14 @@ def _known(eqn):
 
 
 def _by_vector(eqn):
-    """Whether this is a product with a vector, which needs no library."""
-    return (eqn.primitive.name == "dot_general" and not any(eqn.params["dimension_numbers"][1])
-            and any(max(v.aval.shape, default=1) == v.aval.size for v in eqn.invars)
-            and all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars))
+    """Whether this is a product with a vector, which needs no library; that of two vectors becomes a sum."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    (summed, _), batched = eqn.params["dimension_numbers"]
+    factors = [v.aval for v in eqn.invars]
+    return (not any(batched) and math.prod(factors[0].shape[i] for i in summed) <= SUMS
+            and any(max(x.shape, default=1) == x.size for x in factors)
+            and {v.aval.dtype for v in (*eqn.invars, *eqn.outvars)} in ({jnp.dtype("float32")}, {jnp.dtype("float64")}))
 
 
 def _from_vector(eqn):
