@@ -27,8 +27,8 @@ from .backend import Array, Scalar
 from .diagonal import Diagonal
 from .implicit import CONVERGED, FAILED, MOST_EXACT, RUNNING, Implicit, Newton, Solving, relative, rounded
 from .jacobian import Jacobian
-from .mass import matrix
-from .matrices import dense, factorize, shifted
+from .mass import constraint_rows, matrix
+from .matrices import Operator, dense, factorize, shifted
 from .rosenbrock import Linear, Rosenbrock
 from .stepper import Stepper
 
@@ -41,6 +41,10 @@ class Constraints(Solving):
     algebraic = True
     corrections = CORRECTIONS
     mass: Any
+
+    @property
+    def matrices(self) -> int:  # type: ignore[override]
+        return 0 if self.jac.free else 1
 
     def _factorized(self, J: Any, c: Scalar) -> Callable:
         A = shifted(self.be, J, c, self.mass.values)
@@ -61,7 +65,7 @@ class Constraints(Solving):
 
         def correct(state: Newton) -> tuple[Newton, Any, Any]:
             U = u + V @ state.z
-            dz = -be.factorize(W.T @ dense(be, self.jac.near(t, U)) @ V)(W.T @ self.rhs(t, U))
+            dz = -inner(be, self.jac.near(t, U), V, W)(W.T @ self.rhs(t, U))
             scale = be.rms(u) + be.rms(U)
             size = be.rms(dz) / be.choose(scale > 0.0, scale, 1.0)
             rate = size / be.choose(state.size > 0.0, state.size, 1.0)
@@ -75,16 +79,16 @@ class Constraints(Solving):
     def corrected(self, t: Any, u: Array) -> Array:
         """Two corrections with one Jacobian, which cube an error of the algebraic variables."""
         V, W = matrix(self.be, self.mass.right, u), matrix(self.be, self.mass.left, u)
-        solve = self.be.factorize(W.T @ dense(self.be, self.jac.near(t, u)) @ V)
+        solve = inner(self.be, self.jac.near(t, u), V, W)
         for _ in range(CORRECTIONS):
             u = u - V @ solve(W.T @ self.rhs(t, u))
         return u
 
-    def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Array, Callable]:
+    def _constraint(self, t: Any, u: Array) -> tuple[Array, Array, Any, Callable]:
         """V, W, `f_u`, and the solver with `W^T f_u V`."""
         V, W = matrix(self.be, self.mass.right, u), matrix(self.be, self.mass.left, u)
-        J = dense(self.be, self.jac.exact(t, u))
-        return V, W, J, self.be.factorize(W.T @ J @ V)
+        J = self.jac.exact(t, u)
+        return V, W, J, inner(self.be, J, V, W)
 
     def start_vjp(self, pull: Any, t: Any, u: Array, lam: Array) -> tuple[Array, tuple[Array, ...], Any]:
         V, W, _, solve = self._constraint(t, u)
@@ -100,14 +104,14 @@ class Constraints(Solving):
         """The `lam` with `M^T lam = w` and `V^T f_u^T lam = 0`."""
         _, W, J, solve = self._constraint(t, u)
         lam = w @ matrix(self.be, self.mass.inverse, w)
-        return lam - W @ solve(matrix(self.be, self.mass.right, w).T @ (J.T @ lam), transposed=True)
+        return lam - W @ solve(matrix(self.be, self.mass.right, w).T @ pulled(self.be, J, lam), transposed=True)
 
     # -- the index --------------------------------------------------------------------------------------------------
 
     def regularity(self, t: Any, u: Array) -> tuple[Scalar, Scalar, Scalar]:
         """`1 / |B^-1|` of `B = W^T f_u V` in Frobenius' norm, the same beside `|W^T f_u|`, and the sign of det B."""
-        be, xp = self.be, self.be.xp
-        rows = matrix(be, self.mass.left, u).T @ dense(be, self.jac.near(t, u))
+        be, xp, W = self.be, self.be.xp, matrix(self.be, self.mass.left, u)
+        rows = constraint_rows(be, self.jac.near(t, u), W)
         m, n = rows.shape
         size = math.sqrt(m * n) * be.rms(xp.reshape(rows, (-1,)))
         finite = be.isfinite(size)
@@ -123,8 +127,13 @@ class Constraints(Solving):
 
     def _regular(self, t: Any, u: Array, jac: Callable) -> Callable:
         """The solver with `M + P f_u`."""
-        J, W = dense(self.be, jac(t, u)), matrix(self.be, self.mass.left, u)
-        return self.mass.lift(self.be, self.be.factorize(matrix(self.be, self.mass.values, u) + W @ (W.T @ J)))
+        be, J, W = self.be, jac(t, u), matrix(self.be, self.mass.left, u)
+        M = matrix(be, self.mass.values, u)
+        if isinstance(J, Operator):
+            return self.mass.lift(be, factorize(be, J._replace(
+                apply=lambda v: M @ v + W @ (W.T @ J.apply(v)),
+                transposed=lambda v: M.T @ v + J.transposed(W @ (W.T @ v)))))
+        return self.mass.lift(be, be.factorize(M + W @ (W.T @ dense(be, J))))
 
     def derivative(self, t: Any, u: Array) -> Array:
         """By corrections with the derivative of `f` along `(1, k)`, so that the Jacobian need not be exact."""
@@ -142,10 +151,24 @@ class Constraints(Solving):
 
     def starting(self, known: bool) -> tuple[Any, Any, Any]:
         slopes = self.evaluations(0, known) // self.derivative_cost
-        return slopes, slopes, (1 + CORRECTIONS) * slopes
+        return slopes * self.matrices, slopes * self.matrices, (1 + CORRECTIONS) * slopes
 
     def _moved(self, t: Any, u: Array, k: Array, e: Scalar) -> tuple[Array]:
         return (self.rhs(t + e, u + e * k),)
+
+
+def inner(be: Any, J: Any, V: Array, W: Array) -> Callable:
+    """The solver with `W^T J V`."""
+    if isinstance(J, Operator):
+        return factorize(be, J._replace(apply=lambda z: W.T @ J.apply(V @ z),
+                                        transposed=lambda z: V.T @ J.transposed(W @ z)))
+    solve: Callable = be.factorize(W.T @ dense(be, J) @ V)
+    return solve
+
+
+def pulled(be: Any, J: Any, lam: Array) -> Array:
+    """`J^T lam`."""
+    return J.transposed(lam) if isinstance(J, Operator) else dense(be, J).T @ lam
 
 
 class Algebraic(Constraints, Implicit):

@@ -17,9 +17,9 @@ SOLVERS = (None, "dense", "sparse", "krylov")
 class Krylov:
     """GMRES on products with `f_u`, preconditioned: the `linear_solver` of an implicit method.
 
-    `A P y = b`, `x = P y` is solved for `A = I - c f_u` (`I - c M^-1 f_u` with a mass matrix) until the residual of
-    `A x = b` itself is small enough, so that P changes how long that takes, and results to that tolerance only. The
-    discrete adjoint solves `A^T P^T y = b` likewise.
+    `A P y = b`, `x = P y` is solved for `A = I - c f_u` (`I - c M^-1 f_u` with a mass matrix, `M - c f_u` with a
+    singular one) until the residual of `A x = b` itself is small enough, so that P changes how long that takes, and
+    results to that tolerance only. The discrete adjoint solves `A^T P^T y = b` likewise.
 
     Parameters
     ----------
@@ -91,7 +91,3 @@ def fitting(be: Any, method: Any, pattern: Pattern | None, jac: bool, mass: Any)
     """Refuse an implicit method whose `linear_solver` the problem cannot use."""
     choice = method.linear_solver
     refuse_choice(be, method.name, choice, pattern, jac and be.sparse_lu)
-    if wants_products(choice) and mass is not None:
-        raise UnsupportedCombination(f"{method.name}(linear_solver={choice!r}) does not go with a singular mass matrix",
-                                     "constraints are solved for with matrices",
-                                     "linear_solver='sparse' with jac_sparsity=, or 'dense'")

@@ -15,7 +15,7 @@ from typing import Any
 
 from .backend import Array
 from .errors import IndexTooHigh, InputError, UnsupportedCombination
-from .matrices import Entries, dense, factorize, is_sparse
+from .matrices import Entries, Operator, dense, factorize, is_sparse
 from .registry import registry
 from .sparsity import pattern_of
 
@@ -222,16 +222,23 @@ def scaled_products(be: Any, mass: Mass, layout: Any, given: Any) -> Any:
     return type(given)(**scaled, undivided=given)
 
 
+def constraint_rows(be: Any, J: Any, W: Array) -> Array:
+    """`W^T J`, by a product for each constraint where J is known by its products."""
+    if isinstance(J, Operator):
+        return be.gathered(be.scan(lambda _, x: (0, J.transposed(x[0])), 0, (W.T,))[1])
+    return W.T @ dense(be, J)
+
+
 def check_index(be: Any, mass: Mass, jac: Callable[[Any, Array], Array], t: Any, u: Array) -> None:
     """Raise `IndexTooHigh` where the constraints do not determine the algebraic variables."""
-    J = be.concrete_matrix(dense(be, jac(t, u)))
-    if J is None:
+    rows = be.concrete_matrix(constraint_rows(be, jac(t, u), matrix(be, mass.left, u)))
+    if rows is None:
         return
     xp = registry().backend("numpy").xp
-    if not bool(xp.all(xp.isfinite(J))):
+    if not bool(xp.all(xp.isfinite(rows))):
         return
-    largest = float(xp.max(xp.linalg.svdvals(mass.left.T @ J)))
-    least = float(xp.min(xp.linalg.svdvals(mass.left.T @ J @ mass.right)))
+    largest = float(xp.max(xp.linalg.svdvals(rows)))
+    least = float(xp.min(xp.linalg.svdvals(rows @ mass.right)))
     condition = largest / least if least > 0.0 else math.inf
     if condition > LARGEST_CONDITION:
         raise IndexTooHigh(f"the constraints do not determine the algebraic variables (condition {condition:.1e})",

@@ -81,9 +81,13 @@ def shifted(be: Any, J: Any, c: Scalar, M: Any = None, sigma: Scalar | None = No
     """`M - c J`, or `sigma M - c J`, in the structure of J; M are NumPy numbers, the identity for None."""
     if isinstance(J, Operator):
         assert sigma is None
-        assert M is None
-        return J._replace(apply=lambda v: v - _times(be, J.apply(v), c),
-                          transposed=lambda v: v - _times(be, J.transposed(v), c),
+
+        def weighed(v: Array, turned: bool) -> Array:
+            A = v if M is None else be.asarray(M.T if turned else M, dtype=v.dtype, device=be.device(v))
+            return v if M is None else A @ v
+
+        return J._replace(apply=lambda v: weighed(v, False) - _times(be, J.apply(v), c),
+                          transposed=lambda v: weighed(v, True) - _times(be, J.transposed(v), c),
                           rough=None if J.precondition is None else J.precondition(c))
     if isinstance(J, Entries):
         unit = be.asarray(J.pattern.diagonal if M is None else M[J.pattern.rows, J.pattern.columns], dtype=J.dtype,

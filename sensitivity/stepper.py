@@ -36,6 +36,7 @@ class Stepper:
     implicit : whether stages solve equations, so that a step may fail although `f` is finite.
     algebraic : whether the state has to satisfy constraints.
     corrections : how often `corrected` evaluates `f`.
+    matrices : 1 where linear equations are solved with matrices, 0 where by products alone.
     """
 
     be: Any
@@ -47,6 +48,7 @@ class Stepper:
     implicit: bool = False
     algebraic: bool = False
     corrections: int = 0
+    matrices: int = 1
 
     def march(self, run: Any, s: Any, u0: Array, rtol: Any, atol: Any, sink: Any, h: Scalar | None,
               limit: int) -> tuple[Any, Any]:

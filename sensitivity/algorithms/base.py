@@ -301,7 +301,7 @@ def solve_forward(run: Run, x: Inputs, keep: bool, shift: Any = None,
         events = (index, end.watch.count, end.watch.ended)
     made = algebra(run, stepper, end)
     aux = Aux(ts, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, mesh, events,
-              tuple(count + spent + consistent.LOOKS * stepper.algebraic for count in made))
+              consistent.worked(stepper, made, spent))
     kept = x._replace(u0=u0) if stepper.algebraic else x
     return Outputs(u, nodes, stages, event_t, event_u), aux, Solved(
         kept, log if keep or run.dense else None, end, u if timed and stepper.algebraic else None)

@@ -67,6 +67,13 @@ def complete(be: Any, rows: Array, end: State) -> State:
     return end._replace(status=be.choose(reached, be.choose(whole, end.status, int(RetCode.IndexTooHigh)), end.status))
 
 
+def worked(stepper: Stepper, made: tuple[Any, Any, Any], spent: Any) -> tuple[Any, Any, Any]:
+    """Jacobians, factorisations and solves with those of consistent states and of `judged`."""
+    looks = LOOKS * int(stepper.algebraic)
+    matrices = spent * stepper.matrices + looks
+    return made[0] + matrices, made[1] + matrices, made[2] + spent + looks
+
+
 def pulled(be: Any, stepper: Stepper, pull: Callable, theta: tuple[Array, ...], ts: Any, u: Array,
            ct: Array) -> tuple[tuple[Array, ...], Array, Any]:
     """`theta` with what the cotangents give to the parameters, those of the dense output, and those of the times."""

@@ -151,9 +151,10 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         if run.events:
             return over_events(self, run, kept, way, ct, wanted)
         size = sum(base.size_of(v) for v in x.theta) if way.params else 0
-        mu, seen, jumps = be.padded(0.0 * x.u0[:0], size), ct.u, 0
+        mu, seen, jumps, matrices = be.padded(0.0 * x.u0[:0], size), ct.u, 0, 0
         if run.mass is not None:
             jumps, stepper = ct.u.shape[0], base.bound(run, x)
+            matrices = jumps * stepper.matrices
             theta0 = be.zeros(x.theta) if way.params else ()
             theta0, seen, _ = consistent.pulled(be, stepper, way.pull(way.params), theta0, kept.ts[:jumps],
                                                 kept.u[:jumps, :], ct.u)
@@ -163,7 +164,7 @@ class ContinuousAdjoint(base.SensitivityAlgorithm):
         ts, rows = be.sort_down(be.joined(kept.ts, [s.t0]), rows, s.direction)
         first = s.direction * abs(kept.end.h if way.adjoint.dt is None else way.adjoint.dt)
         start = Leg(ts[0], rows[0][:n], mu, rows[0][n:], -first, s.direction * abs(kept.end.h), jumps, 0, 0, 0.0, 0.0,
-                    (jumps, jumps, jumps))
+                    (matrices, matrices, jumps))
 
         def segment(leg: Leg, stop: tuple) -> tuple[Leg, int]:
             t, row = stop

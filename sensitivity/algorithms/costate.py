@@ -147,4 +147,5 @@ class Costate:
             return leg
         looks = products + leg.algebra[0] - before.algebra[0] + 1
         made = looks + nodes + 1
-        return leg.worked((made, made, 2 * looks + nodes + 1))._replace(nfe=leg.nfe + self.path.cost * looks)
+        matrices = made * self.forward.matrices
+        return leg.worked((matrices, matrices, 2 * looks + nodes + 1))._replace(nfe=leg.nfe + self.path.cost * looks)

@@ -162,7 +162,7 @@ class ForwardSensitivity(base.SensitivityAlgorithm):
             status = be.choose(end.status == 0, ambiguous(run, x, end.watch.entries), end.status)
         ts_out = [end.t] if run.saves is None else ts
         aux = base.Aux(ts_out, end.t, end.accepted, end.rejected, nfe, end.status, end.ratio, end.h, None, events,
-                       tuple(count + spent + consistent.LOOKS * own.algebraic for count in made))
+                       consistent.worked(own, made, spent))
         return out, aux, moved, speed, status
 
     def reverse(self, run: Run, residuals: Columns, ct: base.Outputs, wanted: frozenset[str]) -> base.Cotangents:

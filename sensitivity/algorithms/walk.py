@@ -119,7 +119,8 @@ def path(way: Way, leg: Leg, t: Scalar, u: Array) -> tuple[Path, Leg]:
         last, log = integrate(again, stepper, span(be, t, leg.t)._replace(direction=way.direction), u, x.rtol, x.atol,
                               sink=be.store(run.capacity), h=leg.ahead, limit=run.capacity)
         log = be.reopen(log, stepper.restage)
-        leg = leg.worked(algebra(run, stepper, last, started=True)).worked((spent, spent, spent))
+        matrices = spent * stepper.matrices
+        leg = leg.worked(algebra(run, stepper, last, started=True)).worked((matrices, matrices, spent))
         leg = leg._replace(nfe=leg.nfe + evaluations(run, stepper, last, started=True) + spent, ahead=last.h,
                            status=be.greatest(leg.status, last.status))
     between = (t, leg.t) if run.events else None
