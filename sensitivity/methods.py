@@ -168,9 +168,10 @@ class ImplicitMethod(Method):
     linear_solver : None, "dense", "sparse", "krylov", Krylov(preconditioner), or an object
         How equations with `M - c f_u` and its transpose are solved. "dense": LU of an array. "sparse": of the pattern
         `jac_sparsity`, as a band where that is narrow or by SuperLU, or of the SciPy matrices that `jac` returns.
-        "krylov": GMRES on products with `f_u`, without a matrix. None: sparse where the problem says how, dense up to
-        2000 unknowns, GMRES beyond. An object: its `factor(A)` returns `solve(b, transposed)` for vectors b; A is a
-        SciPy matrix where the pattern is known (NumPy, PyTorch), else an array. What it solves is checked.
+        "krylov": GMRES on products with `f_u`, without a matrix; `Krylov` has a preconditioner too. None: sparse where
+        the problem says how, dense up to 2000 unknowns, GMRES beyond. An object: its `factor(A)` returns
+        `solve(b, transposed)` for vectors b; A is a SciPy matrix where the pattern is known (NumPy, PyTorch), else an
+        array. What it solves is checked.
     """
 
     linear_solver: Any = None
