@@ -173,7 +173,7 @@ def test_constraints_without_a_matrix(lab, method):
 
     prob, options = problem(lab).remake(mass_matrix=M), {"saveat": [0.03, 0.1], "dt": 0.02}
     want, dense = gradient(lab, prob, method(), **options)
-    for solver in ("krylov", sa.Krylov(preconditioner)):
+    for solver in (sa.Krylov(preconditioner), "krylov")[:1 if lab.name == "jax" else 2]:  # compiling takes minutes
         got, r = gradient(lab, prob, method(solver), **options)
         # As above; and consistent starts are Newton's, which stops where the next correction is round-off.
         tol = 1e-9 if method is sa.Kvaerno3 else 1e-7
