@@ -169,6 +169,7 @@ SLOW_ON_JAX = (
     "ensembles_of_shadows",
     "implicit_gradient_is_that",
     "event_gradient_is_that",
+    "other_adjoints_inside",
 )
 QUICK_ON_JAX = (
     "ode_exp_decay",
@@ -187,6 +188,7 @@ QUICK_ON_JAX = (
     "solve[jax-AdjointLSS]",
     "keeping_everything[jax-Kvaerno3-dae]",
     "keeping_everything[jax-bounces]",
+    "other_adjoints_inside[jax-Q",
 )
 
 

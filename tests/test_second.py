@@ -42,6 +42,23 @@ def test_logistic_growth(lab, inner):
     assert np.abs(H - H.T).max() < (1e-13 if inner is sa.auto else 1e-8)
 
 
+@pytest.mark.parametrize("inner", [sa.GaussAdjoint(), sa.GaussAdjoint(checkpoints=4), sa.QuadratureAdjoint(),
+                                   sa.BacksolveAdjoint(), sa.ReversibleAdjoint()], ids=lambda s: s.name)
+def test_other_adjoints_inside(lab, inner):
+    """Adjoints of the pair of state and tangent, in whatever way they find the states again."""
+    options = {"wrt": ("p", "u0"), "saveat": lab.array([0.7, 2.0]), **TIGHT}
+    H = lab.numpy(sa.hessian(logistic(lab), sa.Tsit5(), square, sensealg=inner, **options))
+    np.testing.assert_allclose(H, reference(), rtol=1e-8)
+    assert np.abs(H - H.T).max() < (1e-12 if inner.exact else 1e-8)
+
+
+def test_stiff_adjoints_inside(numpy_lab):
+    """The costate of the pair by an implicit method, with the Jacobian of the pair."""
+    inner = sa.GaussAdjoint(alg=sa.Kvaerno5())
+    H = sa.hessian(logistic(numpy_lab), sa.Kvaerno5(), square, wrt=("p", "u0"), sensealg=inner, **TIGHT)
+    np.testing.assert_allclose(H, reference(), rtol=1e-7)
+
+
 def test_an_adjoint_stands_for_forward_over_it(lab):
     a, b = (sa.hessian(logistic(lab), sa.Tsit5(), square, sensealg=s, rtol=1e-6)
             for s in (sa.RecursiveCheckpointAdjoint(), sa.auto))

@@ -71,6 +71,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     retraces: ClassVar[bool] = True
     keeps: ClassVar[str] = "saves"
     elsewhere: ClassVar[frozenset[str]] = frozenset({"sde"})
+    second_order: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("chen2018", "kidger2021")
 
     def __post_init__(self) -> None:

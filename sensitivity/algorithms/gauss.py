@@ -50,6 +50,7 @@ class GaussAdjoint(ContinuousAdjoint):
 
     algebraic: ClassVar[bool] = True
     elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
+    second_order: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("norcliffe2023", "cao2003")
 
     def __post_init__(self) -> None:

@@ -198,6 +198,7 @@ class BacksolveAdjoint(backsolve.BacksolveAdjoint):
     """Backsolve adjoint of a stochastic equation: the state is integrated backwards along the path, and compared with
     states stored every so many steps, from which it starts afresh."""
 
+    second_order: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"sde"})
     events: ClassVar[bool] = False
     references: ClassVar[tuple[str, ...]] = ("li2020",)

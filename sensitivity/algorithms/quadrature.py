@@ -65,6 +65,7 @@ class QuadratureAdjoint(ContinuousAdjoint):
 
     algebraic: ClassVar[bool] = True
     elsewhere: ClassVar[frozenset[str]] = frozenset({"dde"})
+    second_order: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("kim2021", "piessens1983")
 
     def __post_init__(self) -> None:

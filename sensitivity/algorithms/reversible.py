@@ -96,6 +96,7 @@ class ReversibleAdjoint(base.SensitivityAlgorithm):
     keeps: ClassVar[str] = "end"
     undoes: ClassVar[bool] = True
     retraces: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
     elsewhere: ClassVar[frozenset[str]] = frozenset({"sde"})
     references: ClassVar[tuple[str, ...]] = ("mccallum2024",)
 

@@ -88,7 +88,8 @@ class ForwardOverAdjoint(base.SensitivityAlgorithm):
     def refuse(self, run: Run) -> None:
         if not self.adjoint.second_order:
             raise base.unsupported(self.name, f"inner={self.adjoint.name}()",
-                                   "ForwardOverAdjoint(RecursiveCheckpointAdjoint()) or InterpolatingAdjoint() inside")
+                                   "ForwardOverAdjoint(RecursiveCheckpointAdjoint()), or ReversibleAdjoint() or a "
+                                   "continuous adjoint inside")
         self.adjoint.refuse(run)
 
     def forward(self, run: Run, x: Inputs, wanted: frozenset[str]) -> Any:
