@@ -83,8 +83,9 @@ def shifted(be: Any, J: Any, c: Scalar, M: Any = None, sigma: Scalar | None = No
         assert sigma is None
 
         def weighed(v: Array, turned: bool) -> Array:
-            A = v if M is None else be.asarray(M.T if turned else M, dtype=v.dtype, device=be.device(v))
-            return v if M is None else A @ v
+            if M is None:
+                return v
+            return be.asarray(M.T if turned else M, dtype=v.dtype, device=be.device(v)) @ v
 
         return J._replace(apply=lambda v: weighed(v, False) - _times(be, J.apply(v), c),
                           transposed=lambda v: weighed(v, True) - _times(be, J.transposed(v), c),
