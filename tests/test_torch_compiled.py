@@ -1,5 +1,7 @@
 """`ReverseVJP(compile=True)` on PyTorch against the ordinary path."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -221,3 +223,20 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(compiled, "_compiler", lambda: "TorchInductor finds no C++ compiler")
     with pytest.raises(sa.UnsupportedCombination, match=r"no C\+\+ compiler"):
         sa.solve(problem(), sa.Tsit5(), sensealg=COMPILED)
+
+
+def test_numbers_that_never_stay_are_refused():
+    """TorchDynamo gives up on a function after some graphs of it; that is no reason to go on without."""
+    from sensitivity_torch._backend import TorchBackend
+
+    def solve(rate):
+        def f(t, u, p):
+            return -rate * u
+
+        be = TorchBackend()
+        return compiled._traced_call(be, f, be.time(0.0), tensor(1.0).requires_grad_(), None)
+
+    out = [solve(float(rate))[0][0].item() for rate in range(1, 4)]
+    assert out == [-1.0, -2.0, -3.0]
+    with pytest.raises(sa.UnsupportedCombination, match=r"again and again(.|\n)*make what changes a tensor"):
+        deque(map(solve, range(4, 40)))
