@@ -694,3 +694,27 @@ def test_training_step():
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_tangents_by_rows_and_by_directions(count):
+    """With no more entries than directions the rows of the Jacobian are made, with more a product per direction; both
+    are the derivative by hand, a parameter that f ignores and one number among the parameters included."""
+    torch.manual_seed(0)
+    n, matrix, t, u = 2, *(torch.randn(shape, dtype=torch.float64) for shape in ((2, 2), (), (2,)))
+    theta = (matrix, torch.tensor(0.7).double(), torch.ones(3).double())
+    d = tuple(torch.randn(count, *v.shape, dtype=torch.float64) for v in (u, *theta, t))
+
+    def f(leaves):
+        return lambda t, u: torch.stack([(leaves[0][0] * u).sum() * t, u[1] ** 2 * leaves[1]])
+
+    from sensitivity_torch import _autodiff
+
+    out, moved = _autodiff.jvp(f, theta, d[1:4])(t, u, d[0], d[4])
+    torch.testing.assert_close(out, f(theta)(t, u))
+    du, dm, da, _, dt = d
+    first = (du @ matrix[0] + dm[:, 0] @ u) * t + (matrix[0] @ u) * dt
+    second = 2.0 * u[1] * du[:, 1] * theta[1] + u[1] ** 2 * da
+    torch.testing.assert_close(moved, torch.stack([first, second], dim=1), rtol=1e-14, atol=1e-14)
+    assert moved.shape == (count, n)
+    assert not moved.requires_grad

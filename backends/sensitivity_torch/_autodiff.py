@@ -232,7 +232,11 @@ def jacobian(rhs):
 
 
 def jvp(f, theta, d_theta):
-    """`push(t, u, du, dt)`: the product with the transposed derivative is linear, and its transpose is wanted."""
+    """`push(t, u, du, dt)`: the product with the transposed derivative is linear, and its transpose is wanted.
+
+    Of a state with no more entries than there are directions, the rows of the Jacobian are cheaper.
+    """
+    captured = any(x.requires_grad for x in theta)
     leaves = parameters(theta, True)
     rhs = f(leaves)
 
@@ -241,11 +245,15 @@ def jvp(f, theta, d_theta):
             u = u.detach().requires_grad_()
             t = t if dt is None else t.detach().requires_grad_()
             out = rhs(t, u)
-            inputs = (u, *leaves) if dt is None else (u, *leaves, t)
-            directions = (du, *d_theta) if dt is None else (du, *d_theta, dt.to(t.dtype))
+        if not out.requires_grad:
+            return out.detach(), torch.zeros_like(du)
+        inputs = (u, *leaves) if dt is None else (u, *leaves, t)
+        directions = (du, *d_theta) if dt is None else (du, *d_theta, dt.to(t.dtype))
+        if u.shape[0] <= du.shape[0] and not out.is_complex():
+            return out.detach(), _by_rows(out, inputs, directions, du, captured)
+        with torch.enable_grad():
             ct = torch.zeros_like(out, requires_grad=True)
-            bars = (torch.autograd.grad(out, inputs, ct, create_graph=True, allow_unused=True) if out.requires_grad
-                    else [None] * len(inputs))
+            bars = torch.autograd.grad(out, inputs, ct, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(bars, directions, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return out.detach(), torch.zeros_like(du)
@@ -253,6 +261,20 @@ def jvp(f, theta, d_theta):
         return out.detach(), _rows(g, ct, d, du)
 
     return push
+
+
+def _by_rows(out, inputs, directions, du, captured):
+    """Tangents `(m, n)` of `out` `(n,)` along directions of the inputs, with the rows of the derivative."""
+    n = out.shape[0]
+    rows = [run_backward((out,), (e,), captured or i + 1 < n, False, inputs, True, False)
+            for i, e in enumerate(torch.eye(n, dtype=out.dtype, device=out.device).unbind())]
+    total = torch.zeros_like(du)
+    for column, d in zip(zip(*rows, strict=True), directions, strict=True):
+        if any(g is not None for g in column):
+            like = next(g for g in column if g is not None)
+            matrix = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
+            total += d.reshape(-1, like.numel()).to(like.dtype) @ matrix.reshape(n, like.numel()).t()
+    return total
 
 
 def directional(f, u, du):
