@@ -169,3 +169,48 @@ def test_a_chain_of_three_species():
     full, _ = gradient(None, sa.Rodas5P())
     assert loops == (2 if _native.TESTED else 0)
     np.testing.assert_allclose(banded, full, rtol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_small_matrices(n):
+    """Row exchanges, the transpose, rows of right-hand sides, lanes, and derivatives."""
+    rng = np.random.default_rng(n)
+    A, b, w = rng.standard_normal((4, n, n)), rng.standard_normal((3, n)), rng.standard_normal(n)
+    A[1] = np.eye(n)[::-1] + 0.01 * np.tri(n, n, -2)  # no pivot where it is looked for first
+
+    @jax.jit
+    def several(A):
+        return jax.vmap(lambda A: (_bands.pivoted(A)(b), _bands.pivoted(A)(b[0], transposed=True)))(A)
+
+    for M, x, y in zip(A, *map(np.asarray, several(A)), strict=True):
+        np.testing.assert_allclose(x, np.linalg.solve(M, b.T).T, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(y, np.linalg.solve(M.T, b[0]), rtol=1e-10, atol=1e-12)
+    got = jax.jit(jax.grad(lambda A: w @ _bands.pivoted(A)(b[0])))(A[0])
+    want = -np.outer(np.linalg.solve(A[0].T, w), np.linalg.solve(A[0], b[0]))
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
+    assert not np.isfinite(_bands.pivoted(jnp.zeros((n, n)))(b[0])).any()
+
+
+def robertson(t, u, p):
+    a, c = p[0] * u[0], p[1] * u[1] * u[2]
+    return jnp.stack([c - a, a - c - p[2] * u[1] ** 2, p[2] * u[1] ** 2])
+
+
+@pytest.mark.skipif(not _native.TESTED, reason="loops are ordinary ones with this jaxlib or processor")
+@pytest.mark.parametrize("method", [sa.Kvaerno5(), sa.Rodas5P()], ids=lambda m: m.name)
+def test_small_stiff_systems_are_one_function(method, monkeypatch):
+    def run(f):
+        def loss(p):
+            prob = sa.ODEProblem(f, jnp.array([1.0, 0.0, 0.0]), (0.0, 10.0), p)
+            return sa.solve(prob, method, rtol=1e-6, atol=1e-10, sensealg=sa.RecursiveCheckpointAdjoint()).u[-1, 0]
+
+        rates = jnp.array([0.04, 1e4, 3e7])
+        lowered = jax.jit(jax.grad(loss)).lower(rates)
+        return np.asarray(lowered.compile()(rates)), lowered.as_text().count("xla_cpu_small_call")
+
+    native, loops = run(robertson)
+    assert loops >= 1  # the transpose of Rodas5P has a product of matrices
+    monkeypatch.setattr(_native, "TESTED", False)
+    plain, loops = run(lambda t, u, p: robertson(t, u, p))
+    assert loops == 0
+    np.testing.assert_allclose(native, plain, rtol=1e-9)

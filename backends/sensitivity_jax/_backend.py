@@ -327,6 +327,9 @@ class _Through(BoundedLoops, JaxBackend):
 class _Native(OneByOne, JaxBackend):
     """The backend for one solve whose loops may be one function."""
 
+    def factorize(self, A):
+        return _bands.pivoted(A) if A.shape[0] <= _bands.SMALL else super().factorize(A)
+
     def _while(self, cond, body, start):
         return native(lambda: lax.while_loop(cond, body, start()))
 

@@ -24,6 +24,7 @@ from jax import lax
 
 from ._lanes import any_lane
 
+SMALL = 8  # unknowns of full matrices
 WIDEST, MOST = 3, 512  # diagonals on one side, and blocks, up to which all this is less work than inverses of blocks
 SWEEPS = 4  # of refinement at most
 ROUNDING = 32.0  # residuals in machine epsilons
@@ -37,6 +38,8 @@ def suited(n, lower, upper):
 def factorize(bands, lower, upper):
     """`solve(b, transposed=False)` as `Backend.factorize_banded`, differentiable as the solution of a system."""
     n = bands.shape[1]
+    bands = jnp.pad(bands, ((int(not upper), int(not lower)), (0, 0)))
+    lower, upper = lower or 1, upper or 1
     system, bands = _blocks(bands, lower, upper), lax.stop_gradient(bands)
     still = lax.stop_gradient(system)
     reduced = _reduce(still)
@@ -57,6 +60,27 @@ def factorize(bands, lower, upper):
             return jax.vmap(partial(solve, transposed=transposed))(b)
         return lax.custom_linear_solve(partial(product, transposed=transposed), b, lambda _, b: answer(b, transposed),
                                        lambda _, b: answer(b, not transposed))
+
+    return solve
+
+
+def pivoted(A):
+    """`Backend.factorize` of a small matrix, as the band that it is: native functions cannot call LAPACK."""
+    n = A.shape[0]
+    reach = max(n - 1, 1)
+    still = lax.stop_gradient(A)
+    zero = jnp.zeros((), A.dtype)
+    bands = jnp.stack([jnp.stack([still[d + j, j] if 0 <= d + j < n else zero for j in range(n)])
+                       for d in range(-reach, reach + 1)])
+    factors = _eliminate(bands, reach, reach)
+
+    def solve(b, transposed=False):
+        if b.ndim == 2:
+            return jax.vmap(partial(solve, transposed=transposed))(b)
+        M = A.T if transposed else A
+        return lax.custom_linear_solve(lambda x: jnp.sum(M * x, axis=1), b,
+                                       lambda _, b: _substitute(factors, b, transposed),
+                                       lambda _, b: _substitute(factors, b, not transposed))
 
     return solve
 
@@ -83,7 +107,7 @@ class Reduced(NamedTuple):
 @partial(jax.jit, static_argnums=(1, 2))
 def _blocks(bands, lower, upper):
     """The block rows of a band; those after the last row are the identity's."""
-    m, n = max(lower, upper, 1), bands.shape[1]
+    m, n = max(lower, upper), bands.shape[1]
     count = -(-n // m)
     rows = np.arange(-upper, lower + 1)[:, None] + np.arange(n)
     bands = jnp.where((rows >= 0) & (rows < n), bands, np.zeros((), bands.dtype))
@@ -261,8 +285,9 @@ def _eliminate(bands, lower, upper):
 
 def _exchange(rows, place):
     """The first row and another one in each other's place."""
-    first, other = rows[0], lax.dynamic_index_in_dim(rows, place, 0, False)
-    return lax.dynamic_update_index_in_dim(lax.dynamic_update_index_in_dim(rows, first, place, 0), other, 0, 0)
+    here = np.arange(rows.shape[0]).reshape(-1, *[1] * (rows.ndim - 1)) == place
+    first, other = rows[0], jnp.sum(jnp.where(here, rows, jnp.zeros_like(rows)), axis=0)
+    return jnp.concatenate([other[None], jnp.where(here, first, rows)[1:]])
 
 
 @partial(jax.jit, static_argnums=2)

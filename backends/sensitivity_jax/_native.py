@@ -32,7 +32,7 @@ ELEMENTS = frozenset(
     stop_gradient sub tan tanh transpose unstack xor""".split())
 TOTALS = frozenset("cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
 AROUND = frozenset("""broadcast_in_dim cond custom_jvp_call custom_linear_solve custom_vjp_call custom_vmap_call
-    dynamic_slice dynamic_update_slice jit optimization_barrier scan slice while""".split())
+    dynamic_slice dynamic_update_slice jit optimization_barrier scan sensitivity_native slice while""".split())
 
 native_p = Primitive("sensitivity_native")
 native_p.multiple_results = True
