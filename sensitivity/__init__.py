@@ -78,7 +78,8 @@ from .steady import SteadyStateProblem
 from .steadymethods import Newton, PseudoTransient
 from .stochastic import SDEProblem
 from .stochasticmethods import EulerMaruyama, Milstein, ReversibleHeun, ShARK, StochasticHeun, StochasticMethod
-from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP, UserVJP
+from .uservjp import UserVJP
+from .vjp import VJP, ComplexStepVJP, FiniteDifferenceVJP, ForwardVJP, ReverseVJP
 
 if typing.TYPE_CHECKING:
     from .adapters import from_odeint, from_sciml, from_scipy, from_torchdiffeq

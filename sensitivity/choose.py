@@ -14,7 +14,8 @@ from .rules import PRODUCT_RULES, Rule, Source, facts, selected
 from .system import Inputs
 from .trust import checked_once
 from .userfunction import calling_depth
-from .vjp import VJP, ReverseVJP, UserVJP
+from .uservjp import UserVJP
+from .vjp import VJP, ReverseVJP
 
 
 class _Auto:

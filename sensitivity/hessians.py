@@ -21,8 +21,9 @@ from .retcode import RetCode
 from .second import paired, refuse_second, warn_differences
 from .solve import build, checked, finished, prepare_options
 from .system import Inputs
+from .uservjp import UserVJP
 from .verdict import judge
-from .vjp import VJP, ReverseVJP, UserVJP
+from .vjp import VJP, ReverseVJP
 
 
 def hessian_vector_product(prob: Any, alg: Any = None, loss: Any = None, v: Any = None, *, wrt: Any = None,

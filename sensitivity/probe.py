@@ -36,7 +36,8 @@ from .errors import (
 from .fieldoutput import adapter, check_output, copied, copies_of, leaves_of, swapped
 from .system import Layout
 from .userfunction import accepts, calling_depth, location, location_of_error, parameter_names, signed, unwrapped
-from .vjp import ComplexStepVJP, FiniteDifferenceVJP, UserVJP
+from .uservjp import UserVJP
+from .vjp import ComplexStepVJP, FiniteDifferenceVJP
 
 TIME = frozenset({"t", "time", "t_", "_t", "tau", "s", "_"})
 BLACK_BOX = "for a black box sensealg=sa.RecursiveCheckpointAdjoint(vjp=sa.FiniteDifferenceVJP())"

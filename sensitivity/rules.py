@@ -26,7 +26,8 @@ from .integrate import Run
 from .registry import registry
 from .stochasticmethods import ReversibleHeun
 from .system import Inputs
-from .vjp import FiniteDifferenceVJP, ReverseVJP, UserVJP
+from .uservjp import UserVJP
+from .vjp import FiniteDifferenceVJP, ReverseVJP
 
 # The thresholds of all rules. tests/benchmarks/thresholds.py measures where each of them lies.
 FEW = 100

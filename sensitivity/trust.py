@@ -13,7 +13,8 @@ from .integrate import Run, span
 from .jacobian import sizes
 from .system import Inputs
 from .userfunction import calling_depth
-from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP, UserVJP
+from .uservjp import UserVJP
+from .vjp import VJP, FiniteDifferenceVJP, ReverseVJP
 
 ENTRYWISE = 256
 

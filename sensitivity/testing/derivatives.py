@@ -11,7 +11,8 @@ from ..methods import Tsit5
 from ..prepare import prepare
 from ..problems import ODEProblem
 from ..solve import solve
-from ..vjp import VJP, FiniteDifferenceVJP, UserVJP
+from ..uservjp import UserVJP
+from ..vjp import VJP, FiniteDifferenceVJP
 from .harness import Harness, matvec, require, transposed
 
 # f = W z^2 + s t u + t^2 c, z = V u; three states, ten parameters in three leaves of different shapes.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from .. import vjp as products
 from ..registry import algorithms
+from ..uservjp import UserVJP
 from . import arrays, derivatives, lookback, loops, solves
 from .harness import Harness, require
 
@@ -35,8 +36,7 @@ def harness(name: str) -> Harness:
     return Harness(name)
 
 
-VJPS = (products.ReverseVJP, products.ForwardVJP, products.FiniteDifferenceVJP, products.ComplexStepVJP,
-        products.UserVJP)
+VJPS = (products.ReverseVJP, products.ForwardVJP, products.FiniteDifferenceVJP, products.ComplexStepVJP, UserVJP)
 
 
 def checks(name: str) -> Iterator[Check]:
