@@ -110,10 +110,11 @@ def torchdiffeq(variant: str, problem: Problem):
     import torchdiffeq
 
     times = torch.tensor(problem.tspan, dtype=torch.float64) if problem.saveat is None else problem.saveat
+    tol = problem.peer_tol or problem.tol
     method = (
         {"method": "euler", "options": {"step_size": problem.dt}}
         if problem.dt is not None
-        else {"method": "dopri5", "rtol": problem.tol, "atol": problem.tol}
+        else {"method": "dopri5", "rtol": tol, "atol": tol}
     )
 
     def solve(p, u0):
