@@ -201,6 +201,26 @@ def test_other_operations_stay_in_ordinary_loops(name):
     assert ATTRIBUTE not in jax.jit(call).lower(*args).as_text()
 
 
+def test_long_bodies_stay_in_ordinary_loops():
+    """The reverse pass of a reversible pair writes its stages out."""
+    def call(method):
+        prob = sa.ODEProblem(lambda t, u, p: -p * u, jnp.ones(2), (0.0, 0.3), 0.7)
+        return jax.jit(jax.grad(lambda p: sa.solve(prob.remake(p=p), method, dt=0.1, controller=sa.FixedStep(),
+                                                   sensealg=sa.ReversibleAdjoint()).u.sum()))
+    short, long = (call(method).lower(0.7).as_text().count(ATTRIBUTE) for method in (sa.Heun(), sa.Dopri8()))
+    assert (short, long) == (2, 1)
+
+
+def test_lengths_of_bodies():
+    def looped(x):
+        return jax.lax.fori_loop(0, 3, lambda i, y: jax.jit(lambda z: jnp.sin(z) + jnp.cos(z) * 2.0)(y), x)
+
+    inner = jax.make_jaxpr(lambda z: jnp.sin(z) + jnp.cos(z) * 2.0)(1.0).jaxpr
+    assert _native.longest(inner) == 4
+    assert 4 < _native.longest(jax.make_jaxpr(looped)(1.0).jaxpr) <= 8
+    assert _native.longest(jax.make_jaxpr(lambda x: looped(looped(x)))(1.0).jaxpr) <= 8
+
+
 def test_many_numbers_stay_in_ordinary_loops():
     for f, most in ((lambda u: jnp.sum(u), _native.SUMS), (lambda u: u * u, _native.NUMBERS)):
         assert _native.known(jax.make_jaxpr(f)(jnp.ones(most)).jaxpr)

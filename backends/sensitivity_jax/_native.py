@@ -25,6 +25,7 @@ TESTED = jaxlib.version.__version__ in ("0.10.2",) and platform.machine() in ("x
 ONE_FUNCTION = {"xla_cpu_small_call": "true", "inlineable": "false"}
 SUMS = 2048  # XLA gives larger sums to a library, which such a function cannot call
 NUMBERS = 2**16  # for more it matters little what a call of a kernel takes
+OPERATIONS = 750  # of one body; XLA took minutes to compile some with more
 ELEMENTS = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp concatenate convert_element_type copy
     cos cosh div eq erf erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le le_to log log1p logistic lt lt_to
@@ -33,6 +34,7 @@ ELEMENTS = frozenset(
 TOTALS = frozenset("cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
 AROUND = frozenset("""broadcast_in_dim cond custom_jvp_call custom_linear_solve custom_vjp_call custom_vmap_call
     dynamic_slice dynamic_update_slice jit optimization_barrier scan sensitivity_native slice while""".split())
+BODIES = frozenset("cond scan sensitivity_native while".split())
 
 native_p = Primitive("sensitivity_native")
 native_p.multiple_results = True
@@ -57,6 +59,25 @@ def native(loop):
 def possible(field, size):
     """Whether loops around this vector field, with states of this size, will be one function here."""
     return TESTED and jax.default_backend() == "cpu" and size <= SUMS and known(field)
+
+
+def longest(jaxpr):
+    """The number of operations in the longest body of a loop, or outside of all."""
+    return max(_lengths(jaxpr))
+
+
+def _lengths(jaxpr):
+    here, inside = len(jaxpr.eqns), 0
+    for eqn in jaxpr.eqns:
+        for p in filter(_closed, jax.tree.leaves(eqn.params, is_leaf=_closed)):
+            length, deeper = _lengths(p.jaxpr)
+            inside = max(inside, deeper, length * (eqn.primitive.name in BODIES))
+            here += length * (eqn.primitive.name not in BODIES)
+    return here, inside
+
+
+def _closed(p):
+    return isinstance(p, ClosedJaxpr)
 
 
 def known(jaxpr):
@@ -84,8 +105,7 @@ def _needed(jaxpr):
 def _known(eqn):
     name = eqn.primitive.name
     if name in AROUND:
-        inner = jax.tree.leaves(eqn.params, is_leaf=lambda p: isinstance(p, ClosedJaxpr))
-        return all(known(p.jaxpr) for p in inner if isinstance(p, ClosedJaxpr))
+        return all(known(p.jaxpr) for p in jax.tree.leaves(eqn.params, is_leaf=_closed) if _closed(p))
     numbers = max(v.aval.size for v in (*eqn.invars, *eqn.outvars))
     if name in TOTALS:
         return numbers <= SUMS
@@ -122,7 +142,8 @@ def _one_function(*args, jaxpr):
 
 
 def _lower(ctx, *args, jaxpr):
-    if not known(jaxpr.jaxpr) or 0 in (v.size for v in jaxpr.in_avals):
+    sizes = [v.size for v in jaxpr.in_avals]
+    if 0 in sizes or longest(jaxpr.jaxpr) > OPERATIONS or not known(jaxpr.jaxpr):
         return mlir.lower_fun(_plain, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
     results = mlir.lower_fun(_one_function, multiple_results=True)(ctx, *args, jaxpr=jaxpr)
     attributes = {name: ir.StringAttr.get(value) for name, value in ONE_FUNCTION.items()}
