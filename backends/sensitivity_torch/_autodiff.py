@@ -246,7 +246,7 @@ def jvp(f, theta, d_theta):
             t = t if dt is None else t.detach().requires_grad_()
             out = rhs(t, u)
         if not out.requires_grad:
-            return out.detach(), torch.zeros_like(du)
+            return out.detach(), du.new_zeros(du.shape[0], out.shape[0])
         inputs = (u, *leaves) if dt is None else (u, *leaves, t)
         directions = (du, *d_theta) if dt is None else (du, *d_theta, dt.to(t.dtype))
         if u.shape[0] <= du.shape[0] and not out.is_complex():
@@ -256,7 +256,7 @@ def jvp(f, theta, d_theta):
             bars = torch.autograd.grad(out, inputs, ct, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(bars, directions, strict=True) if g is not None and g.requires_grad]
         if not pairs:
-            return out.detach(), torch.zeros_like(du)
+            return out.detach(), du.new_zeros(du.shape[0], out.shape[0])
         g, d = zip(*pairs, strict=True)
         return out.detach(), _rows(g, ct, d, du)
 
@@ -268,7 +268,7 @@ def _by_rows(out, inputs, directions, du, captured):
     n = out.shape[0]
     rows = [run_backward((out,), (e,), captured or i + 1 < n, False, inputs, True, False)
             for i, e in enumerate(torch.eye(n, dtype=out.dtype, device=out.device).unbind())]
-    total = torch.zeros_like(du)
+    total = du.new_zeros(du.shape[0], n)
     for column, d in zip(zip(*rows, strict=True), directions, strict=True):
         if any(g is not None for g in column):
             like = next(g for g in column if g is not None)
