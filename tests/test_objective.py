@@ -130,13 +130,17 @@ def test_events_that_change_parameters(numpy_lab):
         np.testing.assert_allclose(J[:, j], difference, rtol=1e-7)
 
 
+def test_second_derivatives_of_a_steady_state():
+    """Where u = p^3, the sum of u^2 is p^6."""
+    steady = sa.SteadyStateProblem(lambda t, u, p: p**3 - u, np.ones(1), np.array([1.1]))
+    obj = sa.objective(steady, None, lambda sol: (sol.u**2).sum())
+    np.testing.assert_allclose(obj.hessp(obj.x0, np.array([2.0])), [60.0 * 1.1**4], rtol=1e-9)
+
+
 def test_what_is_refused(numpy_lab):
     prob, _ = decay(numpy_lab)
     loss = lambda sol: (sol.u**2).sum()  # noqa: E731
     obj = sa.objective(prob, None, loss)
-    steady = sa.SteadyStateProblem(lambda t, u, p: p - u, np.ones(1), np.ones(1))
-    with pytest.raises(sa.UnsupportedCombination, match="SteadyStateProblem"):
-        sa.objective(steady, None, loss).hessp(np.ones(1), np.ones(1))
     with pytest.raises(sa.InputError, match="shape"):
         obj.fun(np.ones(5))
     with pytest.raises(sa.InputError, match="residuals="):
